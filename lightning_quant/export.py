@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the outside world: a deployed model becomes a file, is checked against the model it came from, and comes back.
+
+A file is written beside its target and renamed when its check has passed: a failed export leaves the target as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_quant.integer  # noqa: F401  (registers the operators that saved programs call)
+from lightning_quant.config import ConfigError
+from lightning_quant.graph import moved, split_example, tensors_in
+
+OPSET = 21
+# onnxruntime's int8 kernels for CPUs without VNNI add pairs of products in 16 bits and saturate; this option has them add
+# exactly there and changes nothing on other CPUs.
+_EXACT_SUMS = ("session.x64quantprecision", "1")
+
+
+class ParityError(RuntimeError):
+    """An exported file does not compute what the deployed model computes; no file was left at the target path."""
+
+
+def _require(*modules: str) -> list[Any]:
+    try:
+        return [importlib.import_module(name) for name in modules]
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"ONNX export needs the package {error.name!r}, which is not installed: pip install 'lightning_quant[onnx]'."
+        ) from error
+
+
+# -- the program --------------------------------------------------------------------------------------------------------
+
+
+def _two_samples(value: Any, batch: int) -> Any:
+    """The first two samples of every tensor with the batch's length, cloned: a slice would drag its whole storage along.
+
+    A batch of one is doubled: torch.export takes a dimension of size 1 for a constant.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() == 0 or value.shape[0] != batch:
+            return value.detach().clone()
+        return (torch.cat([value, value]) if batch == 1 else value)[:2].detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _two_samples(item, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_two_samples(item, batch) for item in value)
+    return value
+
+
+def _dynamic(value: Any, dim: Any, batch: int) -> Any:
+    """The `dynamic_shapes` of torch.export for one argument: dimension 0 free where it is the batch."""
+    if isinstance(value, Tensor):
+        return {0: dim} if value.dim() and value.shape[0] == batch else None
+    if isinstance(value, Mapping):
+        return {key: _dynamic(item, dim, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_dynamic(item, dim, batch) for item in value)
+    return None
+
+
+def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    args, kwargs = split_example(example_input)
+    first = next(tensors_in((args, kwargs)), None)
+    if first is None:
+        raise ConfigError("example_input: no tensor in it; give what the model is called with.")
+    batch = first.shape[0] if first.dim() else -1
+    if dynamic_batch:
+        args, kwargs = _two_samples(args, batch), _two_samples(kwargs, batch)
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        size = 2 if batch >= 0 else -1
+        shapes = {name: _dynamic(value, torch.export.Dim("batch"), size) for name, value in bound.items()}
+    else:
+        args, kwargs, shapes = _two_samples(args, -1), _two_samples(kwargs, -1), None
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be exported with a free batch size: {error}. Mend the forward (a batch size "
+            "written as a number?) or give dynamic_batch=False."
+        ) from error
+
+
+# -- formats: one row each ------------------------------------------------------------------------------------------------
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    _require("onnx", "onnxscript", "onnxruntime")
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    with _quiet_exporter():
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            custom_translation_table=_onnx_translations(),
+            verbose=False,
+        )
+    assert exported is not None
+    for node in exported.model.graph:  # stack traces of the build machine: a third of a small file, of no use to a runtime
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    exported.save(path)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """torch.onnx logs about absent torchvision and, inside, uses what torch itself deprecates: no user can act on it."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@functools.cache
+def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Our operators as QuantizeLinear / DequantizeLinear around float Conv and Gemm: what runtimes turn into integer kernels.
+
+    Zero points are explicit even where they are 0 (onnxruntime fuses QGemm only then), bias is int32 behind a
+    DequantizeLinear with s_x * s_w, and a clip that saturation does not do is a Clip on integers, behind the fused kernel.
+    """
+    np, onnx, onnxscript = _require("numpy", "onnx", "onnxscript")
+    op = onnxscript.opset21
+
+    def constant(value: Any, dtype: Any) -> Any:
+        return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
+
+    def zeros_like(scale: Any, dtype: Any) -> Any:
+        return constant(np.zeros(tuple(scale.shape)), dtype)
+
+    def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
+        q = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero_point, np.uint8))
+        return q if (low, high) == (0, 255) else op.Clip(q, constant(low, np.uint8), constant(high, np.uint8))
+
+    def dequantize(q: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero_point, np.uint8))
+
+    def dequantize_weight(q: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(q, scale, zeros_like(scale, np.int8) if zero_point is None else zero_point, axis=0)
+
+    def operands(head: Sequence[Any]) -> tuple[Any, Any, Any]:
+        q, x_scale, x_zero_point, weight, scale, zero_point, bias = head
+        step = op.Mul(constant(x_scale, np.float32), scale)
+        b = op.DequantizeLinear(bias, step, zeros_like(scale, np.int32), axis=0)
+        return dequantize(q, x_scale, x_zero_point), dequantize_weight(weight, scale, zero_point), b
+
+    def requantize(y: Any, tail: Sequence[Any]) -> Any:
+        scale, zero_point, low, high, _ = tail
+        return y if scale is None else quantize(y, scale, zero_point, low, high)
+
+    def conv(*arguments: Any) -> Any:
+        stride, padding, dilation, groups = arguments[7:11]
+        geometry = {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups}
+        return requantize(op.Conv(*operands(arguments[:7]), **geometry), arguments[11:])
+
+    def linear(*arguments: Any) -> Any:
+        return requantize(op.Gemm(*operands(arguments[:7]), transB=1), arguments[7:])
+
+    ops = torch.ops.lightning_quant
+    return {
+        ops.quantize.default: quantize,
+        ops.dequantize.default: dequantize,
+        ops.dequantize_weight.default: dequantize_weight,
+        ops.conv.default: conv,
+        ops.linear.default: linear,
+    }
+
+
+def onnxruntime_session(path: str | os.PathLike[str], *, exact_sums: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU, default optimizations, whose int8 sums are exact on every CPU.
+
+    Without `exact_sums` onnxruntime's defaults hold, which saturate 16-bit sums on CPUs without VNNI.
+    """
+    (runtime,) = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if exact_sums:
+        options.add_session_config_entry(*_EXACT_SUMS)
+    return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run_program(path: Path) -> Callable[[Any], list[Tensor]]:
+    module = torch.export.load(path).module()
+
+    def run(example_input: Any) -> list[Tensor]:
+        args, kwargs = split_example(example_input)
+        with torch.no_grad():
+            return list(tensors_in(module(*args, **kwargs)))
+
+    return run
+
+
+def _run_onnx(path: Path, exact_sums: bool = True) -> Callable[[Any], list[Tensor]]:
+    session = onnxruntime_session(path, exact_sums=exact_sums)
+
+    def run(example_input: Any) -> list[Tensor]:
+        feeds = [tensor.numpy() for tensor in tensors_in(split_example(example_input))]
+        names = [node.name for node in session.get_inputs()]
+        return [torch.as_tensor(array) for array in session.run(None, dict(zip(names, feeds, strict=True)))]
+
+    return run
+
+
+_FORMATS: dict[str, tuple[Callable[[torch.export.ExportedProgram, Path], None], Callable[[Path], Any]]] = {
+    ".onnx": (_write_onnx, _run_onnx),
+    ".pt2": (_write_program, _run_program),
+}
+FORMATS = tuple(_FORMATS)
+
+
+# -- export and its check -------------------------------------------------------------------------------------------------
+
+
+def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, int]:
+    """(largest difference relative to max(1, largest value), index of that output) over all outputs."""
+    worst = (0.0, 0)
+    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if a.shape != b.shape:
+            return math.inf, index
+        if b.numel():
+            gap = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1))
+            worst = max(worst, (math.inf if math.isnan(gap) else gap, index))
+    return worst
+
+
+def _check(path: Path, target: Path, run: Callable[[Any], list[Tensor]], model: nn.Module, example: Any, atol: float) -> None:
+    args, kwargs = split_example(example)
+    with torch.no_grad():
+        wanted = list(tensors_in(model(*args, **kwargs)))
+    gap, index = _difference(run(example), wanted)
+    if not gap <= atol:
+        raise ParityError(
+            f"{target.name}: output {index} differs from the deployed model's by {gap:.3g} of its largest value (allowed "
+            f"{atol:g}) on the example input; nothing was written to {target}. Raise atol only if that is acceptable."
+        )
+    if path.suffix == ".onnx" and _difference(_run_onnx(path, exact_sums=False)(example), wanted)[0] > atol:
+        warnings.warn(
+            "onnxruntime's default int8 kernels saturate on this CPU (it has no VNNI) and give other results for "
+            f"{target.name}. On such CPUs create the session with options.add_session_config_entry{_EXACT_SUMS!r}.",
+            stacklevel=3,
+        )
+
+
+def export_model(
+    deployed: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_input: Any,
+    dynamic_batch: bool = True,
+    atol: float = 1e-4,
+) -> Path:
+    """Write a deployed model to `path`, in the format of its suffix, checked against the model before it appears there.
+
+    `.onnx`: opset 21, QuantizeLinear/DequantizeLinear around Conv and Gemm, int8 weight and int32 bias initializers;
+    checked in onnxruntime. `.pt2`: an ExportedProgram with our own operators; `load_deployed` reads it.
+
+    Args:
+        deployed: what `convert_model` returned (any module in eval mode works). Moved nowhere: put it on the CPU first.
+        path: where to; folders are made.
+        example_input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or (tuple, dict). Its
+            outputs are compared; give real data, as much as you like.
+        dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
+        atol: allowed difference of any output, relative to max(1, its largest absolute value).
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: unknown suffix, missing package, or a forward that cannot be exported.
+        ParityError: the file computes something else; the target is as it was before.
+    """
+    target = Path(path)
+    if target.suffix not in _FORMATS:
+        raise ConfigError(f"path {os.fspath(path)!r}: unknown suffix {target.suffix!r}; known: {', '.join(FORMATS)}.")
+    write, run = _FORMATS[target.suffix]
+    example = moved(example_input, "cpu")
+    program = _program(deployed, example, dynamic_batch)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    try:
+        write(program, beside)
+        _check(beside, target, run(beside), deployed, example, atol)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def load_deployed(path: str | os.PathLike[str]) -> nn.Module:
+    """The model in a `.pt2` file that `export_model` wrote: called like the deployed model, on CPU, eval mode.
+
+    Raises:
+        ConfigError: if the file is missing or is no such program.
+    """
+    source = Path(path)
+    if source.suffix != ".pt2":
+        raise ConfigError(f"path {os.fspath(path)!r}: load_deployed reads .pt2 files; run .onnx files in onnxruntime.")
+    if not source.is_file():
+        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
+    try:
+        return torch.export.load(source).module()
+    except Exception as error:
+        raise ConfigError(f"path {os.fspath(path)!r} is no program that export_model wrote, or is damaged: {error}") from error

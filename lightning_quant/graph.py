@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the recorded forward: which module or functional operator produced and consumed each tensor.
+
+One forward in eval mode is watched, not traced: control flow takes the branch that the example input takes, keyword
+arguments and nested outputs are as the user wrote them, and nothing of the model is changed when it is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+OUTSIDE = -1
+# What leaves every value on its grid: it moves, drops or repeats values but makes no new ones. In eval mode, for dropout.
+_PASSING_MODULES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.ChannelShuffle,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+)
+# fmt: off
+_PASSING_FUNCTIONS = frozenset([
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "channel_shuffle", "clone", "contiguous",
+    "detach", "dropout", "dropout1d", "dropout2d", "dropout3d", "flatten", "max_pool1d", "max_pool2d", "max_pool3d",
+    "movedim", "permute", "pixel_shuffle", "pixel_unshuffle", "reshape", "squeeze", "swapaxes", "t", "transpose",
+    "unflatten", "unsqueeze", "view",
+])
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One call. kind: 'input', 'module' or 'function'; op: type or function name; reads: producers, OUTSIDE for others.
+
+    `dims`: the number of dimensions of the first tensor read; `passing`: leaves values on the grid they came with.
+    """
+
+    index: int
+    kind: str
+    name: str
+    op: str
+    reads: tuple[int, ...]
+    dims: int
+    passing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The calls of one forward, in order, and which of them the model returned."""
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[int, ...]
+
+    def calls(self, name: str) -> list[Node]:
+        """Every call of the module `name`, in order."""
+        return [node for node in self.nodes if node.kind == "module" and node.name == name]
+
+    def readers(self, index: int) -> list[Node]:
+        """The calls that read the result of node `index`, once for each."""
+        return [node for node in self.nodes if index in node.reads]
+
+    def origin(self, index: int) -> int:
+        """The node whose values arrive at node `index`: through pools, reshapes and whatever else makes none."""
+        while index != OUTSIDE and self.nodes[index].passing and self.nodes[index].reads:
+            index = self.nodes[index].reads[0]
+        return index
+
+    def downstream(self, index: int) -> set[int]:
+        """Every node that depends on node `index`."""
+        found = {index}
+        for node in self.nodes[index + 1 :]:
+            if found.intersection(node.reads):
+                found.add(node.index)
+        return found - {index}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def split_example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments from a tensor, a tuple, a dict of keywords or a pair (tuple, dict)."""
+    if isinstance(example_input, tuple):
+        pair = len(example_input) == 2 and isinstance(example_input[0], tuple) and isinstance(example_input[1], Mapping)
+        if pair:
+            return tuple(example_input[0]), dict(example_input[1])
+        return example_input, {}
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (example_input,), {}
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with its tensors, nested or not, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, device) for item in value)
+    return value
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a call of `module` is one node: torch's own childless layers and what users derive from them."""
+    if next(module.children(), None) is not None or isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    return any(base.__module__.startswith("torch.nn.modules") and base is not nn.Module for base in type(module).__mro__)
+
+
+class _Recorder(TorchFunctionMode):
+    """Watches modules through global hooks and functions through `__torch_function__`, for the modules of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.leaves = {id(module) for module in model.modules() if _is_leaf(module)}
+        self.producer: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # a tensor freed during the forward could give its id to another one
+        self.owners: list[str] = []
+        self.inside_leaf = 0
+        self.counts: Counter[str] = Counter()
+
+    def add(self, kind: str, name: str, op: str, read: Any, made: Any, passing: bool = False) -> None:
+        inputs, outputs = list(tensors_in(read)), list(tensors_in(made))
+        if not outputs:
+            return
+        node = Node(
+            index=len(self.nodes),
+            kind=kind,
+            name=name,
+            op=op,
+            reads=tuple(self.producer.get(id(tensor), OUTSIDE) for tensor in inputs),
+            dims=inputs[0].dim() if inputs else 0,
+            passing=passing,
+        )
+        self.nodes.append(node)
+        for tensor in outputs:
+            self.producer[id(tensor)] = node.index
+            self.alive.append(tensor)
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        if id(module) in self.names:
+            self.owners.append(self.names[id(module)])
+            self.inside_leaf += id(module) in self.leaves
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if id(module) not in self.names:
+            return
+        self.owners.pop()
+        if id(module) in self.leaves:
+            self.inside_leaf -= 1
+            if not self.inside_leaf:
+                passing = isinstance(module, _PASSING_MODULES)
+                self.add("module", self.names[id(module)], type(module).__name__, (args, kwargs), output, passing)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.inside_leaf:
+            op = _plain_name(func)
+            made = args[0] if op == "setitem" else result
+            if any(True for _ in tensors_in(made)):
+                owner = self.owners[-1] if self.owners else ""
+                stem = f"{owner}.{op}" if owner else op
+                name = f"{stem}_{self.counts[stem]}" if self.counts[stem] else stem
+                self.counts[stem] += 1
+                self.add("function", name, op, (args, kwargs), made, op in _PASSING_FUNCTIONS)
+        return result
+
+
+def _plain_name(func: Any) -> str:
+    """'add' for torch.add, Tensor.add_, `a + b`, `a += b` and `1 + a`: one name for one operator."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    name = name.strip("_")
+    for prefix in ("i", "r"):
+        if name[:1] == prefix and name[1:] in {"add", "sub", "mul", "truediv", "matmul", "pow"}:
+            return name[1:]
+    return name
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no user hooks inside; flags, hooks, buffers, RNG and the attention fast path restored after."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole encoder layer without its submodules
+            for module in modules:
+                module.training = False
+                module._forward_hooks, module._forward_pre_hooks = type(hooks[0][0])(), type(hooks[0][1])()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, flag, (after, before) in zip(modules, training, hooks, strict=True):
+                module.training, module._forward_hooks, module._forward_pre_hooks = flag, after, before
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+
+
+def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = None) -> Graph:
+    """Run one forward in eval mode and return what was called on what.
+
+    Args:
+        model: any module; left exactly as it was (flags, hooks, buffers, random state).
+        example_input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or (tuple, dict).
+        entry: the submodule to call instead of `model`; names stay those of `model`.
+
+    Raises:
+        Exception: whatever the forward raises.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = split_example(moved(example_input, device))
+    recorder = _Recorder(model)
+    for position, tensor in enumerate(tensors_in((args, kwargs))):
+        recorder.add("input", f"input_{position}", "input", (), tensor)
+    with _as_it_was(model), torch.no_grad():
+        before = register_module_forward_pre_hook(recorder.enter)
+        after = register_module_forward_hook(recorder.leave, with_kwargs=True)
+        try:
+            with recorder:
+                output = (entry or model)(*args, **kwargs)
+        finally:
+            before.remove()
+            after.remove()
+    made = (recorder.producer.get(id(tensor), OUTSIDE) for tensor in tensors_in(output))
+    return Graph(nodes=tuple(recorder.nodes), outputs=tuple(made))

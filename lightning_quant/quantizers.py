@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the equation: ranges become grids, and tensors are rounded to them with a straight-through gradient.
+
+    q = clamp(round_half_even(x / s) + z, qmin, qmax)          x_hat = (q - z) * s
+
+`s` (scale) is float32 and positive, `z` (zero point) is an integer in [qmin, qmax]. Per tensor both are scalars; per
+output channel they have the length of dimension 0 and broadcast over the rest. Ranges always contain 0, so that zero
+is a level and padding is exact. `x` is *divided* by `s`: the reciprocal would flip ties, and runtimes divide.
+
+The gradient is the clipped straight-through estimator (Jacob et al. 2018, arXiv 1712.05877; Bengio et al. 2013, arXiv
+1308.3432): 1 where the rounded value lies inside [qmin, qmax], ends included, 0 elsewhere. For values exactly half a
+step outside an end `hardtanh_backward` gives 0 where round-half-even may still land inside; nowhere else do the two differ.
+
+Nothing here is an `nn.Module`: quantizers must not be seen by `parameters()`, `buffers()` or `state_dict()`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.config import TensorSpec
+
+MOMENTUM = 0.01
+# Below this a scale is no longer a normal step for float32 data; NNI and torch floor it at the same value.
+MIN_SCALE = torch.finfo(torch.float32).eps
+
+
+def float32(value: float) -> float:
+    """The float32 nearest to `value`, as a Python float: what a runtime will hold."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """One tensor-wide grid. `clip_low`, `clip_high`: the levels an absorbed ReLU or ReLU6 leaves, inside [qmin, qmax]."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+    clip_low: int
+    clip_high: int
+
+    def unsigned(self) -> Grid:
+        """The same 256 values as uint8: int8 moved by 128, scale unchanged."""
+        shift = 128 if self.qmin < 0 else 0
+        return Grid(
+            scale=self.scale,
+            zero_point=self.zero_point + shift,
+            qmin=self.qmin + shift,
+            qmax=self.qmax + shift,
+            clip_low=self.clip_low + shift,
+            clip_high=self.clip_high + shift,
+        )
+
+
+def affine_range(low: float, high: float, spec: TensorSpec) -> tuple[float, int]:
+    """(scale, zero point) of the range [low, high], widened to contain 0, on the grid of `spec` (Jacob et al. 2018)."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if spec.scheme == "symmetric":
+        scale = max(-low, high) / ((spec.qmax - spec.qmin) / 2)
+        return max(float32(scale), MIN_SCALE), (spec.qmax + spec.qmin + 1) // 2
+    scale = max(float32((high - low) / (spec.qmax - spec.qmin)), MIN_SCALE)
+    return scale, min(max(spec.qmin - round(low / scale), spec.qmin), spec.qmax)
+
+
+# -- kernels: activations -------------------------------------------------------------------------------------------
+# torch's own fake-quantize kernels are scalar on CPU; four vectorised passes are 4 to 5 times faster and bit-identical.
+
+
+def _round_to_grid(x: Tensor, scale: Any, low: Any, high: Any) -> Tensor:
+    """clamp(round(x / s), low, high) * s, with low = qmin - z and high = qmax - z; one new tensor, four passes."""
+    return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
+
+
+class _FakeQuantizeHost(torch.autograd.Function):
+    """Scalars on the host (CPU): backward is one fused pass and stores no mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, lower: float, upper: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (lower, upper)
+        return _round_to_grid(x, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.bounds), None, None, None, None, None
+
+
+class _FakeQuantizeDevice(torch.autograd.Function):
+    """Scale and bounds as 0-dim tensors: an accelerator is never asked for a value, so the host never waits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        ctx.save_for_backward(x, lower, upper)
+        return _round_to_grid(x, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, lower, upper = ctx.saved_tensors
+        inside = (x > lower).logical_and_(x < upper)
+        return grads[0] * inside, None, None, None, None, None
+
+
+class ActivationQuantizer:
+    """Observes one activation tensor and rounds it to its grid; per tensor, moving-average min/max.
+
+    The first observed batch sets the range, later ones move it: r <- r + 0.01 (r_batch - r) (Jacob et al. 2018). A batch
+    with NaN or infinity is left out and reported once. On CPU the range is two Python floats; on an accelerator two
+    0-dim float32 tensors that never leave it. All range arithmetic is float32 or better, whatever autocast says.
+
+    Args:
+        spec: the grid.
+        name: what it belongs to, for messages (`conv1._output_`).
+        rectified: a ReLU stands before it and is absorbed: values below 0 become 0 by the clamp alone.
+        cap: the upper end of that ReLU (6.0 for ReLU6), else infinity.
+    """
+
+    def __init__(self, spec: TensorSpec, name: str, *, rectified: bool = False, cap: float = math.inf) -> None:
+        self.spec, self.name, self.rectified, self.cap = spec, name, rectified, cap
+        self.low: float | Tensor | None = None
+        self.high: float | Tensor | None = None
+        self._warned = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether a range is known."""
+        return self.low is not None
+
+    def observe(self, x: Tensor) -> None:
+        """Move the range by one batch. `x`: any shape, floating point; before the ReLU if that is absorbed."""
+        x = x.detach()
+        if x.numel() == 0:
+            return
+        high = x.amax()
+        low = high.new_zeros(()) if self.rectified else x.amin()
+        if x.device.type == "cpu":
+            self._observe_host(float(low), float(high))
+        else:
+            self._observe_device(low.float(), high.float())
+
+    def _observe_host(self, low: float, high: float) -> None:
+        if not (math.isfinite(low) and math.isfinite(high)):
+            if not self._warned:
+                warnings.warn(f"{self.name}: a batch holds NaN or infinity; it does not move the range.", stacklevel=2)
+                self._warned = True
+            return
+        if self.rectified:
+            high = min(max(high, 0.0), self.cap)
+        if self.low is None or self.high is None:
+            self.low, self.high = low, high
+        else:
+            self.low, self.high = float(self.low), float(self.high)
+            self.low += MOMENTUM * (low - self.low)
+            self.high += MOMENTUM * (high - self.high)
+
+    def _observe_device(self, low: Tensor, high: Tensor) -> None:
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        if self.rectified:
+            high = high.clamp(0.0, self.cap)
+        if self.low is None or self.high is None:
+            self.low, self.high = low.nan_to_num(0.0, 0.0, 0.0), high.nan_to_num(0.0, 0.0, 0.0)
+        else:
+            old_low, old_high = (torch.as_tensor(r, dtype=torch.float32, device=low.device) for r in (self.low, self.high))
+            self.low = torch.where(finite, old_low + MOMENTUM * (low - old_low), old_low)
+            self.high = torch.where(finite, old_high + MOMENTUM * (high - old_high), old_high)
+
+    def grid(self) -> Grid:
+        """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
+        assert self.low is not None and self.high is not None, self.name
+        spec = self.spec
+        scale, zero = affine_range(float(self.low), float(self.high), spec)
+        low, high = spec.qmin, spec.qmax
+        if self.rectified:
+            low = max(low, zero)
+            if math.isfinite(self.cap):
+                high = min(high, zero + round(self.cap / scale))
+        return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""
+        if self.rectified and self.spec.scheme == "symmetric":
+            x = x.clamp(0.0, self.cap)  # with z in the middle of the grid the clamp cannot be the ReLU
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        y = self._on_host(wide) if x.device.type == "cpu" else self._on_device(wide)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def _on_host(self, x: Tensor) -> Tensor:
+        grid = self.grid()
+        low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return _round_to_grid(x, grid.scale, low, high)
+        lower, upper = (low - 0.5) * grid.scale, (high + 0.5) * grid.scale
+        if self.rectified and self.spec.scheme == "affine":
+            lower, upper = 0.0, min(upper, self.cap)
+        y: Tensor = _FakeQuantizeHost.apply(x, grid.scale, low, high, lower, upper)
+        return y
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        low, high = (torch.as_tensor(r, dtype=torch.float32, device=x.device) for r in (self.low, self.high))
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if spec.scheme == "symmetric":
+            scale = (torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2)).clamp_(min=MIN_SCALE)
+            zero = torch.full_like(scale, (spec.qmax + spec.qmin + 1) // 2)
+        else:
+            scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_(min=MIN_SCALE)
+            zero = (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax)
+        bottom, top = spec.qmin - zero, spec.qmax - zero
+        lower, upper = (bottom - 0.5) * scale, (top + 0.5) * scale
+        if self.rectified and spec.scheme == "affine":
+            lower, upper = torch.zeros_like(upper), upper.clamp(max=self.cap)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return _round_to_grid(x, scale, bottom, top)
+        y: Tensor = _FakeQuantizeDevice.apply(x, scale, bottom, top, lower, upper)
+        return y
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The range as plain numbers."""
+        return {key: None if value is None else float(value) for key, value in (("low", self.low), ("high", self.high))}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Take over a range saved by `state_dict`."""
+        self.low, self.high = state["low"], state["high"]
+
+
+# -- weights --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Scale (float32) and zero point (float32 integers, or None for 0) of a weight, broadcastable against it."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
+    """The grid of a weight by its range *now*: a lagging average would clip weights that grow (see fusion.py).
+
+    `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel
+    and () per tensor. A channel of zeros gets scale 1.
+    """
+    dims = tuple(range(1, weight.dim())) if spec.granularity == "out_channel" else tuple(range(weight.dim()))
+    keep = spec.granularity == "out_channel"
+    high, low = weight.amax(dims, keepdim=keep).clamp_(min=0), weight.amin(dims, keepdim=keep).clamp_(max=0)
+    if spec.scheme == "symmetric":
+        scale = torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2)
+        zero = (spec.qmax + spec.qmin + 1) // 2
+        scale = torch.where(scale > 0, scale.clamp_(min=torch.finfo(scale.dtype).tiny), 1.0)
+        return WeightGrid(scale, torch.full_like(scale, zero) if zero else None)
+    scale = (high - low).div_(spec.qmax - spec.qmin)
+    scale = torch.where(scale > 0, scale.clamp_(min=torch.finfo(scale.dtype).tiny), 1.0)
+    return WeightGrid(scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax))
+
+
+def quantize_weight(weight: Tensor, grid: WeightGrid, spec: TensorSpec) -> Tensor:
+    """The integers of a weight on `grid`, carried as floats of its dtype and shape."""
+    q = torch.div(weight, grid.scale).round_()
+    if grid.zero_point is not None:
+        q.add_(grid.zero_point)
+    return q.clamp_(spec.qmin, spec.qmax)
+
+
+class _RoundWeight(torch.autograd.Function):
+    """Symmetric about zero with the current absolute maximum: nothing can clip, so the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        return torch.div(weight, scale).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    """With a zero point: its own rounding can push an end of the range half a step over the grid, so a mask is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
+        q = torch.div(weight, scale).round_().add_(zero)
+        ctx.save_for_backward((q >= qmin).logical_and_(q <= qmax))
+        return q.clamp_(qmin, qmax).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None, None, None
+
+
+def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec) -> Tensor:
+    """The step of every channel of a folded weight on a shared grid, seen from the unfolded weight: s / c.
+
+    A channel whose folded weights all round to 0 (gamma near 0) would have zero batch statistics, and then neither its
+    gamma nor its running variance could ever recover. It is trained on a grid of its own; deployed it is 0 plus beta.
+    """
+    zero: Tensor | float = 0.0 if grid.zero_point is None else grid.zero_point
+    dims = tuple(range(1, weight.dim()))
+    high, low = weight.amax(dims, keepdim=True).clamp_(min=0), weight.amin(dims, keepdim=True).clamp_(max=0)
+    above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
+    own = torch.maximum(high / above, -low / below)
+    faint = torch.maximum(high, -low) * fold < grid.scale / 2
+    return torch.where(faint, torch.where(own > 0, own, 1.0), grid.scale / fold)
+
+
+def fake_quantize_weight(weight: Tensor, spec: TensorSpec, fold: Tensor | None = None) -> Tensor:
+    """A weight rounded to its grid, with gradient; same shape and dtype.
+
+    Args:
+        weight: float (C, ...).
+        spec: its grid.
+        fold: None, or |gamma| / sigma of the batch norm behind the layer, detached, shape (C, 1, ...), >= 0. Then the
+            *folded* weight `weight * fold` is what lies on the grid, and `fq(weight * fold) / fold` is returned: the
+            general weight-side path, see fusion.py.
+    """
+    with torch.no_grad():
+        data = weight.detach()
+        grid = weight_grid(data if fold is None else data * fold, spec)
+        step = grid.scale if fold is None else _faint_step(data, grid, fold, spec)
+    if grid.zero_point is None:
+        y: Tensor = _RoundWeight.apply(weight, step)
+    else:
+        y = _FakeQuantizeWeight.apply(weight, step, grid.zero_point, spec.qmin, spec.qmax)
+    return y
