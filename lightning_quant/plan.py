@@ -313,11 +313,17 @@ def _free_last_output(layer: LayerPlan, layers: list[LayerPlan], explicit: set[s
 
 
 def _finish(draft: _Draft, name: str, modules: Mapping[str, nn.Module]) -> LayerPlan:
+    base = registered_base(type(draft.module))
+    assert base is not None
     norm = next((n for n in draft.group[1:] if isinstance(modules[n], BatchNorm)), None)
     act = next((n for n in draft.group[1:] if activation_cap(modules[n]) is not None), None)
     order = [t for t in (INPUT, WEIGHT, OUTPUT) if t in draft.targets]
-    base = registered_base(type(draft.module))
-    assert base is not None
+    if INPUT in order and WEIGHT not in order:
+        draft.notes.append("float weight: onnxruntime rounds it by itself where input and output are quantized")
+    elif INPUT not in order:
+        draft.notes.append("no input grid: float arithmetic")
+    elif OUTPUT not in order and base is not nn.Linear:
+        draft.notes.append("no output grid: float arithmetic")
     return LayerPlan(
         name=name,
         type=base.__name__,

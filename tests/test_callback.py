@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns life inside a Trainer: real fits, checkpoints, resumes and tests with the callback, and what it must not disturb."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from test_prepare import traces
+from toys import FUSED, Lit, Net, loader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_quant import ConfigError, QuantFusionCallback, Schedule, load_deployed
+from lightning_quant.prepare import fused_groups, quantizer_state
+
+TrainerMaker = Callable[..., Trainer]
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+def fit(make: TrainerMaker, model: LightningModule, callback: Callback, epochs: int = 1, **options: Any) -> Trainer:
+    callbacks = [callback, *options.pop("more", [])]
+    ckpt_path, data = options.pop("ckpt_path", None), options.pop("data", None)
+    trainer = make(max_epochs=epochs, callbacks=callbacks, **options)
+    trainer.fit(model, data or loader(), loader(seed=1), ckpt_path=ckpt_path)
+    return trainer
+
+
+def evaluate(model: torch.nn.Module, x: Tensor = X) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model.eval()(x)
+    return out
+
+
+# -- the promise -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_line_leaves_a_deployed_model_that_is_the_validated_one(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED)
+    trainer = fit(quiet_trainer, model, callback)
+    assert callback.deployed_model is not None
+    assert isinstance(callback.deployed_model, Lit)
+    assert torch.equal(callback.deployed_model(X), evaluate(model))
+    (prepared,) = trainer.validate(model, loader(seed=1), verbose=False)
+    (deployed,) = quiet_trainer().validate(callback.deployed_model, loader(seed=1), verbose=False)
+    assert prepared == deployed
+
+
+class Watch(Callback):
+    """Records what a user could hold on to, at every stage."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.seen.append(traces(pl_module)[:-1])
+
+
+def test_nothing_a_user_holds_changes_during_fit(quiet_trainer: TrainerMaker) -> None:
+    model, watch = Lit(), Watch()
+    calls: list[int] = []
+    model.conv1.register_forward_pre_hook(lambda m, args: calls.append(1))
+    model.relu1.register_forward_hook(lambda m, args, out: calls.append(2))
+    before = traces(model)[:-1]
+    fit(quiet_trainer, model, QuantFusionCallback(FUSED), more=[watch], num_sanity_val_steps=0)
+    assert len(watch.seen) == 4
+    assert all(seen == before for seen in watch.seen)
+    assert traces(model)[:-1] == before
+    assert calls == [1, 2] * 8, "each hook once a training and validation batch, never in the recorded forward"
+
+
+def test_a_checkpoint_loads_where_the_package_is_not_installed(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    trainer = fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    code = (
+        "import sys; sys.modules['lightning_quant'] = None; sys.path.insert(0, sys.argv[2]); import torch; from toys import Lit;"
+        "model = Lit.load_from_checkpoint(sys.argv[1], map_location='cpu');"
+        "assert type(model.conv1).__name__ == 'Conv2d';"
+        "torch.load(sys.argv[1], weights_only=True)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.ckpt", Path(__file__).parent], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("own_generator", [False, True], ids=["global seed", "own generator"])
+def test_bypassed_training_is_the_users_training_bit_for_bit(own_generator: bool, quiet_trainer: TrainerMaker) -> None:
+    """Also shows that finding the example input moves no random state and no loader position (shuffled data)."""
+    finals = []
+    for callbacks in ([], [QuantFusionCallback(FUSED, schedule={"quantize_start": None, "freeze_batch_norm": None}, verbose=0)]):
+        seed_everything(3, verbose=False)
+        model = Lit()
+        generator = torch.Generator().manual_seed(1) if own_generator else None
+        data = DataLoader(loader().dataset, batch_size=16, shuffle=True, generator=generator)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no quantized training step was run.*")
+            quiet_trainer(max_epochs=2, callbacks=callbacks).fit(model, data, loader(seed=1))
+        drawn = torch.rand(3, generator=generator)
+        finals.append({**model.state_dict(), "random": torch.rand(3), "drawn": drawn})
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+
+
+# -- the plan and its example input --------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_said_once(quiet_trainer: TrainerMaker, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).propagate = True
+    with caplog.at_level(logging.INFO):
+        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED))
+    plans = list({r.created: r.getMessage() for r in caplog.records if "the plan" in r.getMessage()}.values())
+    assert len(plans) == 1
+    assert "conv1   bn1, relu1" in plans[0]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0))
+    assert not [r for r in caplog.records if "QuantFusionCallback" in r.getMessage()]
+
+
+class Inner(LightningModule):
+    """Its training step calls a submodule, not itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        try:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        except Exception as error:  # a user's own guard must not swallow the capture
+            raise AssertionError from error
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def prefixed(prefix: str) -> list[dict[str, Any]]:
+    return [{**FUSED[0], "fuse_names": [[prefix + name for name in group] for group in FUSED[0]["fuse_names"]]}]
+
+
+def test_a_step_that_calls_a_submodule_is_recorded_there(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    callback = QuantFusionCallback(prefixed("net."), export=".pt2", dirpath=tmp_path, verbose=0)
+    model = Inner()
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader())
+    assert "recorded from 'net'" in str(callback.plan)
+    assert torch.equal(load_deployed(tmp_path / "model.pt2")(X), evaluate(model.net))
+
+
+def test_root_makes_names_relative(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, root="net", verbose=0)
+    model = Inner()
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader())
+    assert list(fused_groups(model)) == ["net.conv1", "net.conv2", "net.fc"]
+    with pytest.raises(ConfigError, match=r"root 'nets' is no module of Inner. Close: 'net'"):
+        quiet_trainer(max_epochs=1, callbacks=[QuantFusionCallback(FUSED, root="nets")]).fit(Inner(), loader())
+
+
+@pytest.mark.parametrize("source", ["argument", "example_input_array", "training data"])
+def test_sources_of_the_example_input(source: str, quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED, example_input=X[:3] if source == "argument" else None, verbose=0)
+    if source == "example_input_array":
+        model.example_input_array = X[:5]
+    fit(quiet_trainer, model, callback)
+    sizes = {"argument": 3, "example_input_array": 5, "training data": 16}
+    example = callback._example if source != "training data" else callback._example[0][0]
+    assert len(example) == sizes[source]
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(32):
+            yield torch.randn(3, 8, 8, generator=generator), torch.randint(0, 4, (), generator=generator)
+
+
+class Batches:
+    """Not a DataLoader at all."""
+
+    def __iter__(self) -> Any:
+        yield from ([X, torch.zeros(8, dtype=torch.long)] for _ in range(3))
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("kind", ["iterable", "own class", "mapping"])
+def test_kinds_of_training_data(kind: str, quiet_trainer: TrainerMaker) -> None:
+    kinds: dict[str, Any] = {
+        "iterable": DataLoader(Stream(), batch_size=8),
+        "own class": Batches(),
+        "mapping": {"a": loader(shuffle=True), "b": loader(seed=2)},
+    }
+
+    class Step(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["a"] if isinstance(batch, dict) else batch, batch_idx)
+
+    model, callback = Step(), QuantFusionCallback(FUSED, schedule=Schedule(observe_stop=None, freeze_batch_norm=None), verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, kinds[kind], loader(seed=1))
+    assert callback.deployed_model is not None
+
+
+def test_without_any_example_fusing_is_refused_with_the_reason(quiet_trainer: TrainerMaker) -> None:
+    class Odd(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise RuntimeError("no step today")
+
+    model = Odd()
+    with pytest.raises(ConfigError, match=r"no recorded forward \(a trial training step failed: no step today\); give example_input"):
+        fit(quiet_trainer, model, QuantFusionCallback(FUSED))
+    assert not fused_groups(model)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config_list": []}, "config_list: expected a non-empty list of dicts"),
+        ({"source": "latest"}, "source: 'latest' is not one of best, last"),
+        ({"export": ".tflite"}, r"export: unknown suffix '\.tflite'; known: \.onnx, \.pt2"),
+        ({"schedule": {"freeze": 1}}, "schedule: unknown key 'freeze'.*Did you mean 'freeze_batch_norm'"),
+        ({"schedule": 3}, "schedule: expected a Schedule, a dict of its fields or None, got 3"),
+    ],
+)
+def test_the_constructor_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantFusionCallback(**{"config_list": FUSED, **arguments})
+
+
+def test_a_wrong_name_stops_fit_before_the_first_batch(quiet_trainer: TrainerMaker) -> None:
+    model = Lit()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MisconfigurationException, match=r"op_names 'conv9' matches no module. Close: 'conv"):
+        fit(quiet_trainer, model, QuantFusionCallback([{"op_names": ["conv9"]}]))
+    assert not fused_groups(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# -- time ----------------------------------------------------------------------------------------------------------------------
+
+
+class Phases(Callback):
+    """Records the phase and the ranges at every training batch."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[bool, bool, bool]] = []
+        self.ranges: list[dict[str, Any]] = []
+        self.norms: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        phase = next(iter(fused_groups(pl_module).values()))[1].phase
+        self.phases.append((phase.observe, phase.quantize, phase.freeze_batch_norm))
+        self.ranges.append(quantizer_state(pl_module))
+        self.norms.append(pl_module.bn1.running_mean.clone())  # type: ignore[union-attr,operator]
+
+
+MOMENTS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    # field and moment -> the field's flag at each of 12 steps (3 epochs of 4)
+    "observe_start step": ({"observe_start": 2, "observe_stop": None}, [0] * 2 + [1] * 10),
+    "observe_stop epoch": ({"observe_stop": "epoch 2"}, [1] * 8 + [0] * 4),
+    "observe_stop share": ({"observe_stop": 0.5}, [1] * 6 + [0] * 6),
+    "quantize_start step": ({"quantize_start": "step 5"}, [0] * 5 + [1] * 7),
+    "quantize_start percent": ({"quantize_start": "25%"}, [0] * 3 + [1] * 9),
+    "freeze_batch_norm epoch": ({"freeze_batch_norm": "epoch 1"}, [0] * 4 + [1] * 8),
+    "freeze_batch_norm never": ({"freeze_batch_norm": None}, [0] * 12),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_the_schedule_acts_at_its_moment_and_only_there(name: str, quiet_trainer: TrainerMaker) -> None:
+    given, flags = MOMENTS[name]
+    schedule = {"observe_stop": None, "freeze_batch_norm": None, **given}
+    phases = Phases()
+    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, schedule=schedule, verbose=0), epochs=3, more=[phases])
+    column = {"observe": 0, "quantize": 1, "freeze": 2}[name.split("_")[0]]
+    assert [int(phase[column]) for phase in phases.phases] == flags
+    others = [phase[:column] + phase[column + 1 :] for phase in phases.phases]
+    assert len(set(others)) == 1, "one field moves one flag"
+
+
+def test_frozen_ranges_and_batch_norms_stand_still(quiet_trainer: TrainerMaker) -> None:
+    phases = Phases()
+    schedule = {"observe_stop": "epoch 1", "freeze_batch_norm": "epoch 2"}
+    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, schedule=schedule, verbose=0), epochs=3, more=[phases])
+    assert phases.ranges[3] == phases.ranges[11]
+    assert phases.ranges[2] != phases.ranges[3]
+    assert torch.equal(phases.norms[7], phases.norms[11])
+    assert not torch.equal(phases.norms[6], phases.norms[7])
+
+
+class AroundValidation(Callback):
+    """Compares the ranges before and after the sanity check and every validation."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Any] = {}
+        self.compared = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before = quantizer_state(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert quantizer_state(pl_module) == self.before
+        if trainer.sanity_checking:
+            assert all(value["low"] is None for value in self.before.values())
+        self.compared += 1
+
+
+def test_validation_and_sanity_check_move_no_range(quiet_trainer: TrainerMaker) -> None:
+    around = AroundValidation()
+    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0), epochs=2, more=[around])
+    assert around.compared == 3
+
+
+def test_the_sanity_check_sees_the_float_model_bit_for_bit(quiet_trainer: TrainerMaker) -> None:
+    class Sanity(Callback):
+        out: Tensor
+
+        def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            Sanity.out = evaluate(pl_module)
+            pl_module.train()
+
+    model = Lit()
+    expected = evaluate(copy.deepcopy(model))
+    fit(quiet_trainer, model, QuantFusionCallback([{"op_types": ["Conv2d"], "target_names": ["weight"]}]), more=[Sanity()])
+    assert torch.equal(Sanity.out, expected)
+
+
+def test_a_run_of_unknown_length_says_that_shares_never_come(quiet_trainer: TrainerMaker) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match="the length of this run is unknown"):
+        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0), epochs=-1, more=[Stop()], min_steps=1)
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resume_is_bitwise(optimizer: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    schedule = {"observe_stop": "epoch 3", "freeze_batch_norm": "epoch 2"}
+
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Trainer, Lit, QuantFusionCallback]:
+        torch.manual_seed(0)
+        model, callback = Lit(optimizer=optimizer), QuantFusionCallback(FUSED, schedule=schedule, verbose=0)
+        trainer = fit(quiet_trainer, model, callback, epochs, ckpt_path=ckpt_path)
+        return trainer, model, callback
+
+    _, straight, reference = run(4)
+    run(2)[0].save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed, callback = run(4, tmp_path / "half.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert quantizer_state(straight) == quantizer_state(resumed)
+    assert reference.deployed_model is not None
+    assert callback.deployed_model is not None
+    assert torch.equal(reference.deployed_model(X), callback.deployed_model(X))
+
+
+class Scripted(Lit):
+    """Logs a metric that says which epoch is best."""
+
+    scores = (0.3, 0.1, 0.2)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("score", self.scores[self.current_epoch])
+
+
+def keeper(tmp_path: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score", **options)
+
+
+@pytest.mark.parametrize("source", ["best", "last"])
+def test_the_best_checkpoint_is_converted_unless_last_is_asked_for(source: Any, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    model, callback = Scripted(), QuantFusionCallback(FUSED, source=source, verbose=0)
+    options: dict[str, Any] = {"enable_checkpointing": True, "more": [keeper(tmp_path)], "num_sanity_val_steps": 0}
+    trainer = fit(quiet_trainer, model, callback, 3, **options)
+    assert callback.deployed_model is not None
+    last = evaluate(model)
+    (best,) = trainer.test(model, loader(seed=1), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert torch.equal(callback.deployed_model(X), evaluate(model) if source == "best" else last)
+    if source == "best":
+        (deployed,) = quiet_trainer().test(callback.deployed_model, loader(seed=1), verbose=False)
+        assert deployed == best
+
+
+def test_best_skips_checkpoints_from_before_quantization(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    callback = QuantFusionCallback(FUSED, schedule={"quantize_start": "epoch 2"}, verbose=0)
+    options: dict[str, Any] = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    model = Scripted()
+    fit(quiet_trainer, model, callback, 3, more=[keeper(tmp_path, save_top_k=-1)], **options)
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(model)), "epoch 2 is the only quantized one"
+
+
+@pytest.mark.parametrize("why", ["before quantization", "weights only"])
+def test_best_without_our_state_falls_back_to_last_aloud(why: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    start = "epoch 2" if why == "before quantization" else 0
+    callback = QuantFusionCallback(FUSED, schedule={"quantize_start": start}, verbose=0)
+    saver = keeper(tmp_path, save_weights_only=why == "weights only")
+    model = Scripted()
+    with pytest.warns(UserWarning, match=r"monitor='score'\) was saved with quantization active, so the last weights are converted"):
+        fit(quiet_trainer, model, callback, 3, more=[saver], enable_checkpointing=True, num_sanity_val_steps=0)
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(model))
+
+
+def test_a_checkpoint_of_another_config_is_refused(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    fit(quiet_trainer, Lit(), QuantFusionCallback([{"op_names": ["fc"]}], verbose=0)).save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(ConfigError, match=r"another config_list: missing .*conv1\._input_"):
+        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0), 2, ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_state_is_plain(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, Lit(), callback)
+    state = callback.state_dict()
+    assert state["config_list"] == [{**FUSED[0], "fuse_names": [list(group) for group in FUSED[0]["fuse_names"]]}]
+    assert set(state["quantizers"]) == {"conv1._input_", "conv1._output_", "conv2._output_"}
+    assert state["phase"]["quantize"] is True
+
+
+# -- other lives ---------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_twice_goes_on_where_it_was(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, model, callback)
+    first, ranges = callback.deployed_model, quantizer_state(model)
+    fit(quiet_trainer, model, callback, 1, limit_train_batches=1, num_sanity_val_steps=0)
+    second = quantizer_state(model)
+    low, high = ranges["conv1._output_"]["high"], second["conv1._output_"]["high"]
+    assert low is not None
+    assert high is not None
+    assert 0 < abs(high - low) <= 0.05 * abs(low), "one step of the moving average, not a fresh start"
+    assert callback.deployed_model is not first
+    assert len(fused_groups(model)) == 3
+
+
+def test_another_model_with_the_same_callback(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, Lit(), callback)
+    other = Lit()
+    fit(quiet_trainer, other, callback)
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(other))
+
+
+def test_a_swapped_model_works_under_a_trainer_without_the_callback(quiet_trainer: TrainerMaker) -> None:
+    model = Lit()
+    fit(quiet_trainer, model, QuantFusionCallback(FUSED, verbose=0))
+    quiet_trainer(max_epochs=1).fit(model, loader(), loader(seed=1))
+    (predictions,) = quiet_trainer().predict(model, DataLoader(TensorDataset(X), batch_size=8))
+    assert torch.equal(predictions, evaluate(model))
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}], ids=str)
+def test_nothing_trained_is_nothing_converted_and_said(options: dict[str, Any], quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, example_input=X, verbose=0)
+    with pytest.warns(UserWarning, match="no quantized training step was run, so nothing was converted"):
+        quiet_trainer(**{"max_epochs": 1, **options}, callbacks=[callback]).fit(Lit(), loader(), loader(seed=1))
+    assert callback.deployed_model is None
+    with pytest.raises(ConfigError, match=r"no range was observed for conv1\._input_"):
+        callback.convert(Lit() if callback._module is None else callback._module)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode at the start of training")
+def test_a_model_in_eval_mode_is_named(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    with pytest.warns(UserWarning, match=r"no range was observed for conv1\._input_, .* \(in eval mode while training"):
+        fit(quiet_trainer, Lit().eval(), callback)
+    assert callback.deployed_model is None
+
+
+def test_fast_dev_run(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, Lit(), callback, fast_dev_run=True)
+    assert callback.deployed_model is not None
+
+
+def test_convert_by_hand_after_an_exception(quiet_trainer: TrainerMaker) -> None:
+    class Crash(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                raise RuntimeError("power cut")
+
+    model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(quiet_trainer, model, callback, more=[Crash()])
+    deployed = callback.convert(model)
+    assert deployed is callback.deployed_model
+    assert torch.equal(deployed(X), evaluate(model))
+
+
+def test_testing_an_unfitted_model_from_our_checkpoint_says_float(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0)).save_checkpoint(tmp_path / "a.ckpt")
+    trainer = quiet_trainer(callbacks=[QuantFusionCallback(FUSED, verbose=0)])
+    with pytest.warns(UserWarning, match="never fitted here, so test shows the float model"):
+        trainer.test(Lit(), loader(seed=1), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precisions(precision: Any, quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, model, callback, precision=precision)
+    assert callback.deployed_model is not None
+    assert all(isinstance(value["high"], float) for value in quantizer_state(model).values())
+    x = X.double() if precision == "64-true" else X
+    with torch.no_grad():
+        assert torch.equal(callback.deployed_model(x), evaluate(model, x))
+
+
+# -- export at the end of fit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("export", [".pt2", [".pt2"], {".pt2": {"atol": 1e-5}}], ids=str)
+def test_export_forms(export: Any, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    callback = QuantFusionCallback(FUSED, export=export, dirpath=tmp_path / "out", verbose=0)
+    fit(quiet_trainer, Lit(), callback)
+    assert callback.deployed_model is not None
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.pt2"]
+    assert torch.equal(load_deployed(tmp_path / "out" / "model.pt2")(X), callback.deployed_model(X))
+
+
+def test_export_goes_to_the_trainers_folder_by_default(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, export=".pt2", verbose=0))
+    assert (tmp_path / "model.pt2").is_file()

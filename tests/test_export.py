@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns what leaves the process: files that compute what was deployed, or no file at all."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import run_recorded
+from test_convert import CONFIGS, trained
+from test_fusion import prepared
+from test_mnist import optimized_ops, with_integer_outputs
+from toys import FUSED
+from torch import Tensor, nn
+
+from lightning_quant import ConfigError, ParityError, convert_model, export_model, load_deployed
+from lightning_quant import export as export_module
+from lightning_quant.export import onnxruntime_session
+
+X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def run_onnx(path: Path, x: Tensor) -> Tensor:
+    session = onnxruntime_session(path)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+WHOLLY_INTEGER = ["default", "int8", "uint8", "affine", "symmetric", "int8 symmetric", "per_tensor", "per_tensor affine"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_exports_to_both_formats_and_agrees(name: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(CONFIGS[name]))
+    for suffix in (".onnx", ".pt2"):
+        export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
+    with torch.no_grad():
+        expected = deployed(X[:7])
+        assert torch.equal(load_deployed(tmp_path / "model.pt2")(X[:7]), expected)
+    allowed = 1e-4 if name in WHOLLY_INTEGER else 5e-2
+    assert (run_onnx(tmp_path / "model.onnx", X[:7]) - expected).abs().max() <= allowed * expected.abs().max().clamp(min=1)
+    assert Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)["Relu"] <= 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_tolerance_is_tight_where_only_integers_meet_grids(name: str) -> None:
+    program = export_module._program(convert_model(trained(CONFIGS[name])), X, True)
+    exact = [*WHOLLY_INTEGER, "quantized logits", "weights only"]
+    assert export_module._only_integers_meet_grids(program) == (name in exact)
+
+
+@pytest.mark.parametrize("name", WHOLLY_INTEGER)
+def test_onnxruntime_computes_the_same_integers(name: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(CONFIGS[name]))
+    export_model(deployed, tmp_path / "model.onnx", example_input=X)
+    names = with_integer_outputs(tmp_path / "model.onnx", tmp_path / "all.onnx")
+    _, integers = run_recorded(deployed, X)
+    session = onnxruntime_session(tmp_path / "all.onnx")
+    found = session.run(names, {session.get_inputs()[0].name: X.numpy()})
+    clipped = "Clip" in {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert clipped == ("symmetric" in name)  # an affine grid needs no clip: saturation is the clamp, and the ReLU
+    for a, b in zip(found, integers, strict=True):
+        assert np.array_equal(a.clip(int(b.min()), int(b.max())) if clipped else a, b.numpy())
+
+
+@pytest.mark.parametrize("name", WHOLLY_INTEGER)
+def test_no_float_convolution_is_left_in_onnxruntime(name: str, tmp_path: Path) -> None:
+    export_model(convert_model(trained(CONFIGS[name])), tmp_path / "model.onnx", example_input=X)
+    ops = optimized_ops(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
+    assert (ops["QLinearConv"], ops["QGemm"]) == (2, 1)
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "BatchNormalization"} & set(ops)
+
+
+def test_linear_on_sequences_runs_in_integers(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4, 6)
+    prepared(net, [{"op_types": ["Linear"], "fuse_names": [("0", "1")]}], x).train()(x)
+    deployed = convert_model(net)
+    export_model(deployed, tmp_path / "model.onnx", example_input=x)
+    assert optimized_ops(tmp_path / "model.onnx", tmp_path / "optimized.onnx")["QGemm"] == 2
+    with torch.no_grad():
+        assert (run_onnx(tmp_path / "model.onnx", x[:3]) - deployed(x[:3])).abs().max() <= 1e-5
+
+
+# -- forms of the example input -------------------------------------------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, *, scale: Tensor | None = None) -> dict[str, Tensor]:
+        y = self.fc(x)
+        return {"y": y if scale is None else y * scale, "more": y + 1}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "pair", "batch of one"])
+def test_forms_of_example_input(form: str, suffix: str, tmp_path: Path) -> None:
+    x, scale = torch.randn(4, 6), torch.rand(4, 1)
+    forms: dict[str, Any] = {
+        "tensor": x,
+        "tuple": (x,),
+        "dict": {"x": x, "scale": scale},
+        "pair": ((x,), {"scale": scale}),
+        "batch of one": x[:1],
+    }
+    net = TwoInputs()
+    prepared(net, [{"op_types": ["Linear"]}], forms[form]).train()(x)
+    path = export_model(convert_model(net), tmp_path / f"model{suffix}", example_input=forms[form])
+    if suffix == ".pt2":
+        program = load_deployed(path)
+        more = (torch.cat([x, x]),), ({"scale": torch.cat([scale, scale])} if form in ("dict", "pair") else {})
+        with torch.no_grad():
+            found = program(**{"x": more[0][0], **more[1]}) if form == "dict" else program(*more[0], **more[1])
+            assert torch.equal(found["y"], convert_model(net)(*more[0], **more[1])["y"])
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.reshape(2, 6))
+        return out
+
+
+def test_a_fixed_batch_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    net, x = FixedBatch(), torch.randn(2, 6)
+    prepared(net, [{"op_types": ["Linear"]}], x).train()(x)
+    deployed = convert_model(net)
+    with pytest.raises(ConfigError, match=r"(?s)FixedBatch cannot be exported with a free batch size.*dynamic_batch=False"):
+        export_model(deployed, tmp_path / "model.pt2", example_input=x)
+    export_model(deployed, tmp_path / "model.pt2", example_input=x, dynamic_batch=False)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "model.pt2")(x), deployed(x))
+
+
+# -- failures leave the target as it was ----------------------------------------------------------------------------------
+
+
+class Liar(nn.Module):
+    """Computes something else once it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if torch.compiler.is_exporting() else x
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("old", [b"", b"the old file"], ids=["no file", "old file"])
+def test_parity_failure_leaves_the_target_as_it_was(suffix: str, old: bytes, tmp_path: Path) -> None:
+    target = tmp_path / f"model{suffix}"
+    if old:
+        target.write_bytes(old)
+    with pytest.raises(ParityError, match=rf"model\{suffix}: output 0 differs from the deployed model's by .*nothing was written"):
+        export_model(Liar().eval(), target, example_input=torch.zeros(4, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ([target.name] if old else [])
+    assert not old or target.read_bytes() == old
+
+
+def test_atol_is_the_allowed_difference(tmp_path: Path) -> None:
+    export_model(Liar().eval(), tmp_path / "model.pt2", example_input=torch.full((4, 3), 10.0), atol=0.11)
+    with pytest.raises(ParityError, match=r"allowed 0\.09"):
+        export_model(Liar().eval(), tmp_path / "model.pt2", example_input=torch.full((4, 3), 10.0), atol=0.09)
+
+
+def test_nan_is_a_difference(tmp_path: Path) -> None:
+    class Nan(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float("nan") if torch.compiler.is_exporting() else x
+
+    with pytest.raises(ParityError, match="differs"):
+        export_model(Nan().eval(), tmp_path / "model.pt2", example_input=torch.ones(4, 3))
+
+
+def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(program: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setitem(export_module._FORMATS, ".pt2", (half, export_module._run_program))
+    with pytest.raises(OSError, match="disk full"):
+        export_model(convert_model(trained(FUSED)), tmp_path / "model.pt2", example_input=X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_suffix() -> None:
+    with pytest.raises(ConfigError, match=r"path 'model\.tflite': unknown suffix '\.tflite'; known: \.onnx, \.pt2"):
+        export_model(nn.Identity(), "model.tflite", example_input=X)
+
+
+def test_no_tensor_in_the_example() -> None:
+    with pytest.raises(ConfigError, match="example_input: no tensor in it"):
+        export_model(nn.Identity(), "model.pt2", example_input=())
+
+
+def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def absent(name: str, *args: Any) -> Any:
+        if name.split(".")[0] == "onnxscript":
+            raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+        return real(name, *args)
+
+    monkeypatch.setattr(export_module.importlib, "import_module", lambda name: absent(name))
+    with pytest.raises(ConfigError, match=r"needs the package 'onnxscript'.*pip install 'lightning_quant\[onnx\]'"):
+        export_model(convert_model(trained(FUSED)), tmp_path / "model.onnx", example_input=X)
+    assert not list(tmp_path.iterdir())
+
+
+# -- coming back ------------------------------------------------------------------------------------------------------------
+
+
+def test_load_deployed_in_a_fresh_process(tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    with torch.no_grad():
+        torch.save((X, deployed(X)), tmp_path / "pair.pt")
+    code = (
+        "import sys, torch, lightning_quant; x, y = torch.load(sys.argv[2]);"
+        "assert torch.equal(lightning_quant.load_deployed(sys.argv[1])(x), y)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt2", tmp_path / "pair.pt"], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.onnx", b"x", r"load_deployed reads \.pt2 files; run \.onnx files in onnxruntime"),
+        ("absent.pt2", None, "there is no such file"),
+        ("model.pt2", b"not a zip", "is no program that export_model wrote, or is damaged"),
+    ],
+)
+def test_load_deployed_refuses(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_deployed(tmp_path / name)
