@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_quant import QuantFusionCallback
+from lightning_quant import QuantFusionCallback, load_deployed
 
 # The documentation's config, as it stands: one layer.
 DOCUMENTATION: list[dict[str, Any]] = [
@@ -173,10 +173,9 @@ def main() -> None:
     second.fit(model, train_loader, test_loader)
     (validated,) = second.validate(model, test_loader, verbose=False)
 
-    assert callback.deployed_model is not None
     onnx, program = options.out / "model.onnx", options.out / "model.pt2"
     rows.append(("quantized (validate)", validated["accuracy"], 0))
-    rows.append(("deployed model.pt2", accuracy_of(callback.deployed_model, test), program.stat().st_size))
+    rows.append(("deployed model.pt2", accuracy_of(load_deployed(program), test), program.stat().st_size))
     rows.append(("onnxruntime model.onnx", onnx_accuracy(onnx, test), onnx.stat().st_size))
     print(f"\n{'':24}{'accuracy':>10}{'bytes':>12}")
     for name, accuracy, size in rows:

@@ -138,7 +138,9 @@ def _tidy(graph: Any) -> None:
         if zero is None or zero.const_value is None or not zero.is_initializer() or zero.dtype != ir.DataType.INT8:
             continue
         if zero.name in taken:
-            own = ir.Value(name=f"{node.inputs[0].name}_zero_point", const_value=zero.const_value, type=zero.type, shape=zero.shape)
+            own = ir.Value(
+                name=f"{node.inputs[0].name}_zero_point", const_value=zero.const_value, type=zero.type, shape=zero.shape
+            )
             graph.register_initializer(own)
             node.replace_input_with(2, own)
         taken.add(zero.name)

@@ -249,17 +249,21 @@ def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
     `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel
     and () per tensor. A channel of zeros gets scale 1.
     """
-    dims = tuple(range(1, weight.dim())) if spec.granularity == "out_channel" else tuple(range(weight.dim()))
     keep = spec.granularity == "out_channel"
-    high, low = weight.amax(dims, keepdim=keep).clamp_(min=0), weight.amin(dims, keepdim=keep).clamp_(max=0)
+    dims = tuple(range(1 if keep else 0, weight.dim()))
+    high, low = weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep)
     if spec.scheme == "symmetric":
-        scale = torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2)
+        scale = _positive(torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2))
         zero = (spec.qmax + spec.qmin + 1) // 2
-        scale = torch.where(scale > 0, scale.clamp_(min=torch.finfo(scale.dtype).tiny), 1.0)
         return WeightGrid(scale, torch.full_like(scale, zero) if zero else None)
-    scale = (high - low).div_(spec.qmax - spec.qmin)
-    scale = torch.where(scale > 0, scale.clamp_(min=torch.finfo(scale.dtype).tiny), 1.0)
+    high, low = high.clamp_(min=0), low.clamp_(max=0)
+    scale = _positive((high - low).div_(spec.qmax - spec.qmin))
     return WeightGrid(scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax))
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """In place: 1 for a channel of zeros, and never so small that dividing by it overflows."""
+    return scale.masked_fill_(scale == 0, 1.0).clamp_(min=torch.finfo(scale.dtype).tiny)
 
 
 def quantize_weight(weight: Tensor, grid: WeightGrid, spec: TensorSpec) -> Tensor:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import run_recorded
 from test_fusion import prepared, sgd_steps
-from toys import FUSED, Net
 from torch import Tensor, nn
+from toys import FUSED, Net
 
 from lightning_quant import ConfigError, convert_model
 from lightning_quant.integer import IntegerLayer, PartlyIntegerLayer
@@ -42,7 +42,7 @@ def trained(config: list[dict[str, Any]], activation: type[nn.Module] = nn.ReLU)
     net = prepared(Net(activation), config, torch.randn(2, 3, 8, 8)).train()
     sgd_steps(net, 5)
     with torch.no_grad():  # negative, zero and tiny gamma, as pruned and zero-initialised nets have them
-        net.bn1.weight[:3] = torch.tensor([-0.7, 0.0, 1e-9])  # type: ignore[union-attr,operator,index]
+        net.get_parameter("bn1.weight")[:3] = torch.tensor([-0.7, 0.0, 1e-9])
     return net.eval()
 
 

@@ -18,8 +18,8 @@ from conftest import run_recorded
 from test_convert import CONFIGS, trained
 from test_fusion import prepared
 from test_mnist import optimized_ops, with_integer_outputs
-from toys import FUSED
 from torch import Tensor, nn
+from toys import FUSED
 
 from lightning_quant import ConfigError, ParityError, convert_model, export_model, load_deployed
 from lightning_quant import export as export_module
@@ -160,7 +160,9 @@ def test_parity_failure_leaves_the_target_as_it_was(suffix: str, old: bytes, tmp
     target = tmp_path / f"model{suffix}"
     if old:
         target.write_bytes(old)
-    with pytest.raises(ParityError, match=rf"model\{suffix}: output 0 differs from the deployed model's by .*nothing was written"):
+    with pytest.raises(
+        ParityError, match=rf"model\{suffix}: output 0 differs from the deployed model's by .*nothing was written"
+    ):
         export_model(Liar().eval(), target, example_input=torch.zeros(4, 3))
     assert [path.name for path in tmp_path.iterdir()] == ([target.name] if old else [])
     assert not old or target.read_bytes() == old
@@ -206,11 +208,11 @@ def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: 
     real = builtins.__import__
 
     def absent(name: str, *args: Any) -> Any:
-        if name.split(".")[0] == "onnxscript":
+        if name.split(".", maxsplit=1)[0] == "onnxscript":
             raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
         return real(name, *args)
 
-    monkeypatch.setattr(export_module.importlib, "import_module", lambda name: absent(name))
+    monkeypatch.setattr("lightning_quant.export.importlib.import_module", absent)
     with pytest.raises(ConfigError, match=r"needs the package 'onnxscript'.*pip install 'lightning_quant\[onnx\]'"):
         export_model(convert_model(trained(FUSED)), tmp_path / "model.onnx", example_input=X)
     assert not list(tmp_path.iterdir())

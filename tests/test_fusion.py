@@ -56,7 +56,7 @@ def test_bypassed_training_equals_the_float_twin(activation: type[nn.Module], bi
     assert (found - expected).abs().max() <= 1e-5
     for (name, a), b in zip(fused.state_dict().items(), twin.state_dict().values(), strict=True):
         assert (a - b).abs().max() <= 1e-6, name
-    assert int(fused.bn1.num_batches_tracked) == 20  # type: ignore[union-attr]
+    assert fused.state_dict()["bn1.num_batches_tracked"] == 20
 
 
 # -- quantization on: batch norm sees the right statistics -----------------------------------------------------------------
@@ -128,11 +128,11 @@ def test_frozen_statistics_stand_still_and_are_used_whatever_train_says() -> Non
     sgd_steps(net, 5)
     apply_phase(net, Phase(freeze_batch_norm=True))
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    gamma = net.bn1.weight.detach().clone()  # type: ignore[union-attr]
+    gamma = net.get_parameter("bn1.weight").detach().clone()
     net.train()
     sgd_steps(net, 5)
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-    assert not torch.equal(net.bn1.weight, gamma)  # type: ignore[union-attr,arg-type]
+    assert not torch.equal(net.get_parameter("bn1.weight"), gamma)
 
 
 def test_frozen_batch_norm_equals_eval_batch_norm() -> None:
@@ -177,7 +177,9 @@ EVEN = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"
 
 @EVEN
 @pytest.mark.parametrize("granularity", ["out_channel", "per_tensor"])
-@pytest.mark.parametrize("kind", [("int8", "symmetric"), ("int8", "affine"), ("uint8", "affine"), ("uint8", "symmetric")], ids=str)
+@pytest.mark.parametrize(
+    "kind", [("int8", "symmetric"), ("int8", "affine"), ("uint8", "affine"), ("uint8", "symmetric")], ids=str
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_fold_equals_the_quantized_layer_then_batch_norm(name: str, kind: tuple[str, Any], granularity: Any) -> None:
     """Against torch's own kernels in float64: the layer on integers times scale, and batch norm after the rounded weight."""
@@ -209,8 +211,7 @@ def test_per_channel_fold_is_lossless(name: str, scheme: Any) -> None:
     layer, norm, shape = copy.deepcopy(LAYERS[name])
     layer, norm = layer.double().eval(), randomised(norm).double().eval()
     folded = fold(layer, norm, TensorSpec.make("int8", scheme, "out_channel", weight=True))
-    w = layer.weight.detach()
-    assert isinstance(w, Tensor)
+    w = layer.get_parameter("weight").detach()
     flat = w.flatten(1)
     if scheme == "symmetric":  # written out again, from the equation
         s = flat.abs().amax(1, keepdim=True) / 127
@@ -232,7 +233,7 @@ def test_per_channel_fold_is_lossless(name: str, scheme: Any) -> None:
 
 
 def test_a_dead_channel_is_its_beta() -> None:
-    layer, norm, shape = copy.deepcopy(LAYERS["conv2d"])
+    layer, norm, _ = copy.deepcopy(LAYERS["conv2d"])
     randomised(norm)
     folded = fold(layer, norm.eval(), TensorSpec.make("int8", "symmetric", "out_channel", weight=True))
     assert not folded.q[0].any()

@@ -7,7 +7,6 @@ import copy
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -104,7 +103,7 @@ def run(
     request: pytest.FixtureRequest,
     float_run: FloatRun,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Run]:
+) -> Run:
     """One quantized epoch with one of the two configs."""
     trained, further, train, test = float_run
     model, folder = copy.deepcopy(trained).train(), tmp_path_factory.mktemp(request.param)
@@ -115,7 +114,7 @@ def run(
     model.learning_rate = LATER_RATE  # type: ignore[assignment]
     fit(model, train, test, folder, max_epochs=1, callbacks=[callback])
     model.eval()
-    yield result
+    return result
 
 
 def test_accuracy_is_kept(run: Run) -> None:
@@ -211,7 +210,9 @@ def test_structure_of_the_onnx_file(run: Run, tmp_path: Path) -> None:
             assert (weight.op_type, bias.op_type) == ("DequantizeLinear", "DequantizeLinear")
             assert stored[weight.input[0]].data_type == onnx.TensorProto.INT8
             assert stored[bias.input[0]].data_type == onnx.TensorProto.INT32
-    assert not any(tensor.data_type == onnx.TensorProto.FLOAT and numpy_helper.to_array(tensor).ndim > 1 for tensor in stored.values())
+    assert not any(
+        tensor.data_type == onnx.TensorProto.FLOAT and numpy_helper.to_array(tensor).ndim > 1 for tensor in stored.values()
+    )
 
 
 def test_sizes(run: Run, float_run: FloatRun, tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_out_channel_asked_of_an_activation(target: str) -> None:
 @pytest.mark.parametrize("example", [None, IMAGE], ids=["no example", "example"])
 def test_an_entry_that_selects_no_module_is_said(entry: dict[str, Any], example: Any) -> None:
     """Every name and type exists, but no module has both, or only the model itself does; another entry hides nothing."""
-    assert re.search(r"config_list\[1\].* select", error_of(Net(), [{"op_names": ["fc2"]}, entry], example))
+    assert re.search(r"config_list\[1\]: .*(select|match)", error_of(Net(), [{"op_names": ["fc2"]}, entry], example))
 
 
 def test_all_problems_are_reported_together() -> None:

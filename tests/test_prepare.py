@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_fusion import prepared, sgd_steps
-from toys import FUSED, Net
 from torch import nn
+from toys import FUSED, Net
 
 from lightning_quant import ConfigError, make_plan, prepare_model, restore_model
 from lightning_quant.prepare import fused_groups, load_quantizer_state, quantizer_state
