@@ -111,6 +111,11 @@ class QuantFusionCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember whose checkpoint may be restored next; a module prepared in an earlier fit takes its state at once."""
+        if stage == "fit" and trainer.world_size > 1:
+            raise ConfigError(
+                f"{type(self).__name__}: {trainer.world_size} processes would each have ranges of their own; merging them is not "
+                "built yet. Use Trainer(devices=1, num_nodes=1)."
+            )
         self._module, self._pending = (pl_module if fused_groups(pl_module) else None), None
 
     @override
@@ -199,6 +204,7 @@ class QuantFusionCallback(Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fold anew for this loop."""
+        self._tell_if_float(pl_module, "validate")
         drop_deployed_layers(pl_module)
 
     @override

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lightning_quant.integer  # noqa: F401  (registers the operators that saved programs call)
 from lightning_quant.config import ConfigError
-from lightning_quant.graph import moved, split_example, tensors_in
+from lightning_quant.graph import copied, moved, on_tensors, split_example, tensors_in
 
 OPSET = 21
 # onnxruntime's int8 kernels for CPUs without VNNI add pairs of products in 16 bits and saturate; this option has them add
@@ -52,26 +52,22 @@ def _two_samples(value: Any, batch: int) -> Any:
 
     A batch of one is doubled: torch.export takes a dimension of size 1 for a constant.
     """
-    if isinstance(value, Tensor):
-        if value.dim() == 0 or value.shape[0] != batch:
-            return value.detach().clone()
-        return (torch.cat([value, value]) if batch == 1 else value)[:2].detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _two_samples(item, batch) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_two_samples(item, batch) for item in value)
-    return value
+
+    def two(tensor: Tensor) -> Tensor:
+        if tensor.dim() and tensor.shape[0] == batch:
+            tensor = (torch.cat([tensor, tensor]) if batch == 1 else tensor)[:2]
+        return tensor.detach().clone()
+
+    return on_tensors(two, value)
 
 
 def _dynamic(value: Any, dim: Any, batch: int) -> Any:
     """The `dynamic_shapes` of torch.export for one argument: dimension 0 free where it is the batch."""
-    if isinstance(value, Tensor):
-        return {0: dim} if value.dim() and value.shape[0] == batch else None
     if isinstance(value, Mapping):
         return {key: _dynamic(item, dim, batch) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_dynamic(item, dim, batch) for item in value)
-    return None
+    return {0: dim} if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else None
 
 
 def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch.export.ExportedProgram:
@@ -86,7 +82,7 @@ def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch
         size = 2 if batch >= 0 else -1
         shapes = {name: _dynamic(value, torch.export.Dim("batch"), size) for name, value in bound.items()}
     else:
-        args, kwargs, shapes = _two_samples(args, -1), _two_samples(kwargs, -1), None
+        args, kwargs, shapes = copied(args), copied(kwargs), None
     try:
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
@@ -95,6 +91,8 @@ def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch
             f"{type(model).__name__} cannot be exported with a free batch size: {error}. Mend the forward (a batch size "
             "written as a number?) or give dynamic_batch=False."
         ) from error
+    except Exception as error:
+        raise ConfigError(f"torch.export cannot export {type(model).__name__}: {error}") from error
 
 
 # -- formats: one row each ------------------------------------------------------------------------------------------------
@@ -339,6 +337,10 @@ def export_model(
     target = Path(path)
     if target.suffix not in _FORMATS:
         raise ConfigError(f"path {os.fspath(path)!r}: unknown suffix {target.suffix!r}; known: {', '.join(FORMATS)}.")
+    if any(module.training for module in deployed.modules()):
+        raise ConfigError(
+            f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
+        )
     write, run = _FORMATS[target.suffix]
     example = moved(example_input, "cpu")
     program = _program(deployed, example, dynamic_batch)

@@ -36,6 +36,7 @@ from lightning_quant.config import TensorSpec
 from lightning_quant.integer import FoldedWeight, Geometry, IntegerLayer, PartlyIntegerLayer
 from lightning_quant.quantizers import ActivationQuantizer, fake_quantize_weight, quantize_weight, weight_grid
 from lightning_quant.schedule import Phase
+from lightning_quant.settings import is_kind
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 _BATCH_NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
@@ -52,24 +53,20 @@ _KEY = "_lightning_quant"
 # -- patterns -------------------------------------------------------------------------------------------------------
 
 
-def _is_kind(module: nn.Module, cls: type[nn.Module]) -> bool:
-    return isinstance(module, cls) and type(module).forward is cls.forward
-
-
 def is_head(module: nn.Module) -> bool:
     """Whether a group can begin with `module`: a weighted layer with the forward of torch's own."""
-    return any(_is_kind(module, cls) for cls in _BATCH_NORM_OF)
+    return any(is_kind(module, cls) for cls in _BATCH_NORM_OF)
 
 
 def is_batch_norm_for(module: nn.Module, head: nn.Module) -> bool:
     """Whether `module` normalises what `head` makes: the batch norm of its dimensions, or SyncBatchNorm."""
     wanted = next((norm for cls, norm in _BATCH_NORM_OF.items() if isinstance(head, cls)), None)
-    return wanted is not None and (_is_kind(module, wanted) or _is_kind(module, nn.SyncBatchNorm))
+    return wanted is not None and (is_kind(module, wanted) or is_kind(module, nn.SyncBatchNorm))
 
 
 def activation_cap(module: nn.Module) -> float | None:
     """Where the activation `module` is cut off above (infinity for ReLU), or None if it is not one that fuses."""
-    return next((cap for cls, cap in ACTIVATIONS.items() if _is_kind(module, cls)), None)
+    return next((cap for cls, cap in ACTIVATIONS.items() if is_kind(module, cls)), None)
 
 
 def pattern_problem(members: list[nn.Module]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+
+from lightning_quant.settings import is_kind
 
 OUTSIDE = -1
 # What leaves every value on its grid: it moves, drops or repeats values but makes no new ones. In eval mode, for dropout.
@@ -67,10 +69,14 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The calls of one forward, in order, and which of them the model returned."""
+    """The calls of one forward, in order, and which of them the model returned.
+
+    `side_effects`: calls that wrote over a tensor which was then used by the name it had before: `self.relu(x); use(x)`.
+    """
 
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
+    side_effects: frozenset[int] = frozenset()
 
     def calls(self, name: str) -> list[Node]:
         """Every call of the module `name`, in order."""
@@ -119,17 +125,27 @@ def split_example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_input,), {}
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
-    """`value` with its tensors, nested or not, on `device`."""
+def on_tensors(act: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with `act` applied to its tensors, in nested lists, tuples, named tuples and dicts."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return act(value)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: on_tensors(act, item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(item, device) for item in value))
+        return type(value)(*(on_tensors(act, item) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(on_tensors(act, item) for item in value)
     return value
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with its tensors on `device`."""
+    return on_tensors(lambda tensor: tensor.to(device), value)
+
+
+def copied(value: Any) -> Any:
+    """`value` with clones of its tensors: each owns its storage and nothing more."""
+    return on_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -148,6 +164,8 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(module): name for name, module in model.named_modules()}
         self.leaves = {id(module) for module in model.modules() if _is_leaf(module)}
         self.producer: dict[int, int] = {}
+        self.overwritten: dict[int, int] = {}  # id of a tensor -> the module call that wrote over it
+        self.side_effects: set[int] = set()
         self.alive: list[Tensor] = []  # a tensor freed during the forward could give its id to another one
         self.owners: list[str] = []
         self.inside_leaf = 0
@@ -162,7 +180,7 @@ class _Recorder(TorchFunctionMode):
             kind=kind,
             name=name,
             op=op,
-            reads=tuple(self.producer.get(id(tensor), OUTSIDE) for tensor in inputs),
+            reads=tuple(self.source(tensor) for tensor in inputs),
             dims=inputs[0].dim() if inputs else 0,
             passing=passing,
         )
@@ -171,20 +189,36 @@ class _Recorder(TorchFunctionMode):
             self.producer[id(tensor)] = node.index
             self.alive.append(tensor)
 
+    def source(self, tensor: Tensor) -> int:
+        """The call that made what `tensor` holds now."""
+        if id(tensor) in self.overwritten:
+            self.side_effects.add(self.overwritten[id(tensor)])
+        return self.producer.get(id(tensor), OUTSIDE)
+
     def enter(self, module: nn.Module, _: Any) -> None:
         if id(module) in self.names:
             self.owners.append(self.names[id(module)])
             self.inside_leaf += id(module) in self.leaves
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        """`rest`: (keyword arguments, output), or (None,) after an exception, which the model may well catch."""
+        kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
         if id(module) not in self.names:
-            return
+            return output
         self.owners.pop()
         if id(module) in self.leaves:
-            self.inside_leaf -= 1
-            if not self.inside_leaf:
-                passing = isinstance(module, _PASSING_MODULES)
+            if self.inside_leaf == 1:
+                passing = any(is_kind(module, cls) for cls in _PASSING_MODULES)
+                came_in = isinstance(output, Tensor) and any(output is tensor for tensor in tensors_in((args, kwargs)))
                 self.add("module", self.names[id(module)], type(module).__name__, (args, kwargs), output, passing)
+                if came_in and not passing:
+                    # An in-place ReLU: its result goes on as another object, so that it shows who uses the old one.
+                    self.overwritten[id(output)] = len(self.nodes) - 1
+                    output = output.view_as(output)
+                    self.producer[id(output)] = len(self.nodes) - 1
+                    self.alive.append(output)
+            self.inside_leaf -= 1
+        return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -197,7 +231,11 @@ class _Recorder(TorchFunctionMode):
                 stem = f"{owner}.{op}" if owner else op
                 name = f"{stem}_{self.counts[stem]}" if self.counts[stem] else stem
                 self.counts[stem] += 1
-                self.add("function", name, op, (args, kwargs), made, op in _PASSING_FUNCTIONS)
+                passing = op in _PASSING_FUNCTIONS
+                if passing and op.startswith("dropout"):  # F.dropout drops unless it is told that training is over
+                    with torch._C.DisableTorchFunction():
+                        passing = torch.equal(result, args[0] if args else kwargs["input"])
+                self.add("function", name, op, (args, kwargs), made, passing)
         return result
 
 
@@ -208,7 +246,7 @@ def _plain_name(func: Any) -> str:
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     name = name.strip("_")
     for prefix in ("i", "r"):
-        if name[:1] == prefix and name[1:] in {"add", "sub", "mul", "truediv", "matmul", "pow"}:
+        if name[:1] == prefix and name[1:] in {"add", "sub", "mul", "div", "truediv", "floordiv", "matmul", "pow", "mod"}:
             return name[1:]
     return name
 
@@ -219,7 +257,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     training = [module.training for module in modules]
     hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(module, key, b, b.detach().clone()) for module in modules for key, b in module._buffers.items() if b is not None]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -234,7 +272,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for module, flag, (after, before) in zip(modules, training, hooks, strict=True):
                 module.training, module._forward_hooks, module._forward_pre_hooks = flag, after, before
             with torch.no_grad():
-                for buffer, saved in buffers:
+                for module, key, buffer, saved in buffers:
+                    module._buffers[key] = buffer  # the forward may have put another tensor there
                     buffer.copy_(saved)
 
 
@@ -250,18 +289,18 @@ def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = No
         Exception: whatever the forward raises.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = split_example(moved(example_input, device))
+    args, kwargs = split_example(copied(moved(example_input, device)))
     recorder = _Recorder(model)
     for position, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.add("input", f"input_{position}", "input", (), tensor)
     with _as_it_was(model), torch.no_grad():
         before = register_module_forward_pre_hook(recorder.enter)
-        after = register_module_forward_hook(recorder.leave, with_kwargs=True)
+        after = register_module_forward_hook(recorder.leave, with_kwargs=True, always_call=True)
         try:
             with recorder:
                 output = (entry or model)(*args, **kwargs)
         finally:
             before.remove()
             after.remove()
-    made = (recorder.producer.get(id(tensor), OUTSIDE) for tensor in tensors_in(output))
-    return Graph(nodes=tuple(recorder.nodes), outputs=tuple(made))
+    made = tuple(recorder.source(tensor) for tensor in tensors_in(output))
+    return Graph(nodes=tuple(recorder.nodes), outputs=made, side_effects=frozenset(recorder.side_effects))

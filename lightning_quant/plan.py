@@ -107,6 +107,7 @@ def _is_type(module: nn.Module, name: str) -> bool:
 
 def _select(rule: Rule, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
     """The names that a rule selects, in the order of the model: op_names and op_types must both hold where both stand."""
+    before = len(problems)
     for name in rule.op_names:
         if name not in modules:
             near = closest(name, modules)
@@ -116,7 +117,7 @@ def _select(rule: Rule, modules: Mapping[str, nn.Module], problems: list[str]) -
                 "Layers built later are not visible before on_fit_start."
             )
     for type_name in rule.op_types:
-        if not any(_is_type(module, type_name) for module in modules.values()):
+        if not any(_is_type(module, type_name) for name, module in modules.items() if name):
             counts = Counter(type(module).__name__ for name, module in modules.items() if name)
             near = closest(type_name, counts, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -127,7 +128,10 @@ def _select(rule: Rule, modules: Mapping[str, nn.Module], problems: list[str]) -
         named = not rule.op_names or name in rule.op_names
         return named and (not rule.op_types or any(_is_type(module, t) for t in rule.op_types))
 
-    return [name for name, module in modules.items() if name and selected(name, module)]
+    names = [name for name, module in modules.items() if name and selected(name, module)]
+    if not names and len(problems) == before:
+        problems.append(f"{rule.where}: op_names and op_types together select no module; drop one of the two keys.")
+    return names
 
 
 def _resolve(rule: Rule, setting: Mapping[str, Mapping[str, str]], target: str) -> tuple[TensorSpec, tuple[str, ...]]:
@@ -168,6 +172,12 @@ def _apply_rule(rule: Rule, modules: Mapping[str, nn.Module], drafts: dict[str, 
             problems.append(
                 f"{rule.where}: {name!r} is a {type(module).__name__}{own}, which has no quantization setting; "
                 f"registered: {', '.join(registered_names())}."
+            )
+            continue
+        if module._parameters.get(WEIGHT) is None:
+            problems.append(
+                f"{rule.where}: the weight of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it "
+                "permanent first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
             )
             continue
         setting = setting_of(base)
@@ -250,21 +260,27 @@ def _flow_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], grap
     heads = graph.calls(group[0])
     if not heads:
         return f"{group[0]!r} is not called in the recorded forward."
-    for name, after in pairwise(group):
-        calls, later = graph.calls(name), graph.calls(after)
-        if len(calls) != len(later):
-            return f"{after!r} is called {len(later)} times and {name!r} {len(calls)} times; a shared module cannot be fused."
-        for call, follower in zip(calls, later, strict=True):
-            readers = [node.name for node in graph.readers(call.index)]
-            found = f"that is read by {', '.join(map(repr, readers)) or 'nothing'}"
-            if call.index not in follower.reads:
-                return f"{after!r} does not read the output of {name!r} ({found})."
-            if len(readers) > 1 or call.index in graph.outputs:
-                others = [repr(reader) for reader in readers if reader != after]
-                others += ["the model's output"] * (call.index in graph.outputs)
-                return f"the output of {name!r} is also read by {', '.join(others)}; fused, it would not exist."
-            if isinstance(modules[after], nn.BatchNorm1d) and isinstance(modules[name], nn.Linear) and follower.dims != 2:
-                return f"{after!r} normalises dimension 1 of a {follower.dims}-D input; it folds into a Linear only on 2-D."
+    return next((problem for name, after in pairwise(group) if (problem := _edge_problem(name, after, modules, graph))), None)
+
+
+def _edge_problem(name: str, after: str, modules: Mapping[str, nn.Module], graph: Graph) -> str | None:
+    """Why the module `after` does not simply carry on what `name` made; None if it does, at every call."""
+    calls, later = graph.calls(name), graph.calls(after)
+    if any(call.index in graph.side_effects for call in later):
+        return f"{after!r} works in place and its input is used afterwards by its old name; fused, nothing is written there."
+    if len(calls) != len(later):
+        return f"{after!r} is called {len(later)} times and {name!r} {len(calls)} times; a shared module cannot be fused."
+    for call, follower in zip(calls, later, strict=True):
+        readers = [node.name for node in graph.readers(call.index)]
+        found = f"that is read by {', '.join(map(repr, readers)) or 'nothing'}"
+        if call.index not in follower.reads:
+            return f"{after!r} does not read the output of {name!r} ({found})."
+        if len(readers) > 1 or call.index in graph.outputs:
+            others = [repr(reader) for reader in readers if reader != after]
+            others += ["the model's output"] * (call.index in graph.outputs)
+            return f"the output of {name!r} is also read by {', '.join(others)}; fused, it would not exist."
+        if isinstance(modules[after], nn.BatchNorm1d) and isinstance(modules[name], nn.Linear) and follower.dims != 2:
+            return f"{after!r} normalises dimension 1 of a {follower.dims}-D input; it folds into a Linear only on 2-D."
     return None
 
 

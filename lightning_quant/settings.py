@@ -25,21 +25,27 @@ _REGISTRY: dict[type[nn.Module], Mapping[str, Mapping[str, str]]] = {
 }
 
 
+def is_kind(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether `module` computes what a `cls` computes: the class itself or a subclass that keeps its forward."""
+    return _keeps_forward(type(module), cls)
+
+
+def _keeps_forward(derived: type[nn.Module], base: type[nn.Module]) -> bool:
+    return issubclass(derived, base) and derived.forward is base.forward
+
+
 def registered_names() -> list[str]:
     """The class names that have a quantization setting, in registration order."""
     return [cls.__name__ for cls in _REGISTRY]
 
 
 def registered_base(module_type: type[nn.Module]) -> type[nn.Module] | None:
-    """The registered type whose setting and forward `module_type` uses, or None.
+    """The registered type whose setting `module_type` uses, or None.
 
     A subclass counts as its base only where it keeps the base's forward: with a forward of its own, what the layer
     computes is unknown.
     """
-    for base in module_type.__mro__:
-        if base in _REGISTRY:
-            return base if module_type.forward is base.forward else None
-    return None
+    return next((base for base in _REGISTRY if _keeps_forward(module_type, base)), None)
 
 
 def setting_of(base: type[nn.Module]) -> Mapping[str, Mapping[str, str]]:

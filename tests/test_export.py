@@ -201,7 +201,23 @@ def test_unknown_suffix() -> None:
 
 def test_no_tensor_in_the_example() -> None:
     with pytest.raises(ConfigError, match="example_input: no tensor in it"):
-        export_model(nn.Identity(), "model.pt2", example_input=())
+        export_model(nn.Identity().eval(), "model.pt2", example_input=())
+
+
+def test_a_model_in_train_mode(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Identity is in train mode; export what convert_model returned, or call eval\(\) first"
+    ):
+        export_model(nn.Identity().train(), tmp_path / "model.pt2", example_input=X)
+
+
+def test_a_forward_that_torch_cannot_export(tmp_path: Path) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(ConfigError, match=r"torch\.export cannot export Branch|Branch cannot be exported"):
+        export_model(Branch().eval(), tmp_path / "model.pt2", example_input=X)
 
 
 def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import FUSED, Net
 
-from lightning_quant import convert_model, make_plan, prepare_model
+from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
 from lightning_quant.config import TensorSpec
 from lightning_quant.fusion import fold, pattern_problem
 from lightning_quant.integer import Geometry
@@ -340,6 +340,24 @@ def test_autocast_keeps_ranges_and_grids_in_float32() -> None:
         expected = net.eval()(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(net(x), expected), "eval is the deployed arithmetic whatever the precision"
+
+
+class SideEffect(nn.Module):
+    """Uses its in-place ReLU for what it does to its input: fused, that would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.relu(x)
+        return x * 2
+
+
+def test_an_in_place_activation_used_for_its_side_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'relu' works in place and its input is used afterwards"):
+        make_plan(SideEffect(), [{"op_names": ["conv"], "fuse_names": [("conv", "relu")]}], example_input=torch.randn(2, 3, 8, 8))
 
 
 def test_a_subclass_keeps_its_class_in_the_family() -> None:
