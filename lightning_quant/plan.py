@@ -160,25 +160,12 @@ def _resolve(rule: Rule, setting: Mapping[str, Mapping[str, str]], target: str) 
 
 
 def _apply_rule(rule: Rule, modules: Mapping[str, nn.Module], drafts: dict[str, _Draft], problems: list[str]) -> None:
+    """Decide, for every module that a rule selects, the targets that it names."""
     for name in _select(rule, modules, problems):
         module = modules[name]
         base = registered_base(type(module))
-        if base is None:
-            own = (
-                " (a subclass with its own forward)"
-                if any(c.__name__ in registered_names() for c in type(module).__mro__)
-                else ""
-            )
-            problems.append(
-                f"{rule.where}: {name!r} is a {type(module).__name__}{own}, which has no quantization setting; "
-                f"registered: {', '.join(registered_names())}."
-            )
-            continue
-        if module._parameters.get(WEIGHT) is None:
-            problems.append(
-                f"{rule.where}: the weight of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it "
-                "permanent first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
-            )
+        if base is None or module._parameters.get(WEIGHT) is None:
+            problems.append(f"{rule.where}: {_unfit(name, module)}")
             continue
         setting = setting_of(base)
         wanted = rule.target_names if rule.target_names is not None else tuple(setting)
@@ -186,15 +173,27 @@ def _apply_rule(rule: Rule, modules: Mapping[str, nn.Module], drafts: dict[str, 
             if target not in setting:
                 near = closest(target, setting, 1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                problems.append(
-                    f"{rule.where}: {name!r} ({base.__name__}) has no target {target!r}; it has {', '.join(setting)}.{hint}"
-                )
+                known = ", ".join(setting)
+                problems.append(f"{rule.where}: {name!r} ({base.__name__}) has no target {target!r}; it has {known}.{hint}")
             elif target not in wanted:
                 problems.append(
                     f"{rule.where}: target_settings has {target!r}, but target_names leaves it out; add it or drop its settings."
                 )
             else:
                 _decide(rule, setting, target, drafts.setdefault(name, _Draft(module)), problems)
+
+
+def _unfit(name: str, module: nn.Module) -> str:
+    """Why a selected module cannot be quantized."""
+    if registered_base(type(module)) is not None:
+        return (
+            f"the weight of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it permanent first "
+            "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
+        )
+    known = registered_names()
+    derived = any(base.__name__ in known for base in type(module).__mro__)
+    own = " (a subclass with its own forward)" if derived else ""
+    return f"{name!r} is a {type(module).__name__}{own}, which has no quantization setting; registered: {', '.join(known)}."
 
 
 def _decide(rule: Rule, setting: Mapping[str, Mapping[str, str]], target: str, draft: _Draft, problems: list[str]) -> None:
