@@ -219,9 +219,34 @@ def onnxruntime_session(path: str | os.PathLike[str], *, exact_sums: bool = True
     (runtime,) = _require("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    if exact_sums:
-        options.add_session_config_entry(*_EXACT_SUMS)
-    return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    if not exact_sums:
+        return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(*_EXACT_SUMS)
+    return runtime.InferenceSession(_unshared_weights(Path(path)), options, providers=["CPUExecutionProvider"])
+
+
+def _unshared_weights(path: Path) -> bytes:
+    """The file's model with every weight read once: onnxruntime's exact-sums pass fails on a layer that is called twice."""
+    (onnx,) = _require("onnx")
+    model = onnx.load(path)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    dequantized = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
+    seen: set[str] = set()
+    for position, node in reversed(list(enumerate(model.graph.node))):
+        for slot, name in enumerate(node.input):
+            if name in seen and name in dequantized:
+                again = f"{name}_{position}"
+                copy = model.graph.node.add()
+                copy.CopyFrom(dequantized[name])
+                copy.name, copy.output[0], node.input[slot] = again, again, again
+                for part, source in enumerate(copy.input):
+                    tensor = model.graph.initializer.add()
+                    tensor.CopyFrom(stored[source])
+                    tensor.name = copy.input[part] = f"{source}_{position}"
+                model.graph.node.remove(copy)
+                model.graph.node.insert(position, copy)
+            seen.add(name)
+    return bytes(model.SerializeToString())
 
 
 def _run_program(path: Path) -> Callable[[Any], list[Tensor]]:

@@ -88,6 +88,35 @@ def test_linear_on_sequences_runs_in_integers(tmp_path: Path) -> None:
         assert (run_onnx(tmp_path / "model.onnx", x[:3]) - deployed(x[:3])).abs().max() <= 1e-5
 
 
+class Siamese(nn.Module):
+    """One trunk, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(144, 3)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.relu(self.bn(self.conv(x))).flatten(1))
+        return out
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.trunk(a) - self.trunk(b)
+
+
+def test_a_trunk_called_twice(tmp_path: Path) -> None:
+    net, pair = Siamese(), (torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8))
+    prepared(net, [{"op_types": ["Conv2d", "Linear"], "fuse_names": [("conv", "bn", "relu")]}], pair).train()(*pair)
+    deployed = convert_model(net)
+    export_model(deployed, tmp_path / "model.onnx", example_input=pair)
+    found = onnxruntime_session(tmp_path / "model.onnx").run(None, {"a": pair[0].numpy(), "b": pair[1].numpy()})[0]
+    with torch.no_grad():
+        expected = deployed(*pair)
+        assert torch.equal(expected, net.eval()(*pair))
+    assert np.abs(found - expected.numpy()).max() <= 1e-5
+    weights = [t.name for t in onnx.load(tmp_path / "model.onnx").graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert len([name for name in weights if name.endswith("weight")]) == 2, "the file holds each weight once"
+
+
 # -- forms of the example input -------------------------------------------------------------------------------------------
 
 

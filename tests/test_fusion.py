@@ -23,7 +23,7 @@ from lightning_quant.schedule import Phase
 BYPASS = Phase(observe=False, quantize=False)
 
 
-def prepared(net: nn.Module, config: list[dict[str, Any]], x: Tensor, phase: Phase | None = None) -> nn.Module:
+def prepared(net: nn.Module, config: list[dict[str, Any]], x: Any, phase: Phase | None = None) -> nn.Module:
     prepare_model(net, make_plan(net, config, example_input=x))
     if phase is not None:
         apply_phase(net, phase)
@@ -75,6 +75,7 @@ def gamma_net(gamma: float, pretrained: bool) -> Net:
 @pytest.mark.parametrize("pretrained", [False, True], ids=["scratch", "pretrained"])
 @pytest.mark.parametrize("gamma", [1.0, 1e-2, 1e-4, 1e-8, 0.0, -1.0])
 def test_running_variance_follows_the_float_twin(gamma: float, pretrained: bool) -> None:
+    """Every channel. The rate is small: at 0.05 the twins learn other weights from random labels, and statistics with them."""
     twin = gamma_net(gamma, pretrained)
     fused = prepared(copy.deepcopy(twin), FUSED, torch.randn(2, 3, 8, 8))
     for net in (twin, fused):
@@ -83,7 +84,7 @@ def test_running_variance_follows_the_float_twin(gamma: float, pretrained: bool)
         a, b = (net.get_submodule(name).running_var for net in (fused, twin))
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
-        assert float(((a - b).abs() / b).mean()) <= 0.01
+        assert float(((a - b).abs() / b).max()) <= 0.01
         assert torch.isfinite(a).all()
 
 
