@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,23 +40,26 @@ EXACT_FLOAT32 = 2**24
 _INT32_MAX = 2**31 - 1
 
 
+# Where torch keeps the precision of its float32 kernels, by device; each holds "none", "ieee", "tf32" or "bf16".
+_BACKENDS: Any = torch.backends  # its submodules are not typed
+_PRECISIONS: dict[str, tuple[Any, ...]] = {
+    "cpu": (_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv),
+    "cuda": (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv),
+}
+
+
 @contextlib.contextmanager
 def _exact_float(device: str) -> Iterator[None]:
     """No autocast, no TF32, no bfloat16 matmul: integer-valued floats must stay integers."""
-    precision = torch.get_float32_matmul_precision()
-    tf32 = torch.backends.cudnn.allow_tf32
+    loose = [(b, b.fp32_precision) for b in _PRECISIONS.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
+    for backend, _ in loose:
+        backend.fp32_precision = "ieee"
     try:
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if device == "cuda" and tf32:
-            torch.backends.cudnn.allow_tf32 = False
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
-        if device == "cuda" and tf32:
-            torch.backends.cudnn.allow_tf32 = True
+        for backend, precision in loose:
+            backend.fp32_precision = precision
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
@@ -203,15 +207,26 @@ class Geometry:
         if isinstance(layer, nn.Linear):
             return cls(kind="linear")
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d), type(layer)
-        # torch keeps the explicit (left, right, top, bottom) form of every padding in this attribute, strings included.
-        pad = tuple(layer._reversed_padding_repeated_twice)
-        symmetric = pad[::2] == pad[1::2]
         stride, dilation, groups = layer.stride, layer.dilation, layer.groups
-        if layer.padding_mode == "zeros" and symmetric:
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            pad = _explicit_padding(layer)
+            if layer.padding_mode != "zeros" or pad[::2] != pad[1::2]:
+                mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+                none = (0,) * len(stride)
+                return cls(kind="conv", stride=stride, padding=none, dilation=dilation, groups=groups, pad=pad, pad_mode=mode)
             return cls(kind="conv", padding=pad[::-2], stride=stride, dilation=dilation, groups=groups)
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        none = (0,) * len(stride)
-        return cls(kind="conv", stride=stride, padding=none, dilation=dilation, groups=groups, pad=pad, pad_mode=mode)
+        return cls(kind="conv", padding=tuple(layer.padding), stride=stride, dilation=dilation, groups=groups)
+
+
+def _explicit_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """(left, right, top, bottom, ..) for `F.pad`, as torch's own forward pads: other modes by what the layer was made with."""
+    if layer.padding_mode != "zeros":
+        return tuple(layer._reversed_padding_repeated_twice)
+    sides: list[int] = []
+    for dilation, size in zip(reversed(layer.dilation), reversed(layer.kernel_size), strict=True):
+        total = dilation * (size - 1) if layer.padding == "same" else 0
+        sides += [total // 2, total - total // 2]
+    return tuple(sides)
 
 
 def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:

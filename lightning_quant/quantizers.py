@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_quant.config import TensorSpec
@@ -132,7 +133,7 @@ class ActivationQuantizer:
 
     @property
     def ready(self) -> bool:
-        """Whether a range is known."""
+        """Whether a range is known. An accelerator is not asked whether its first batches were all NaN."""
         return self.low is not None
 
     def observe(self, x: Tensor) -> None:
@@ -167,11 +168,11 @@ class ActivationQuantizer:
         if self.rectified:
             high = high.clamp(0.0, self.cap)
         if self.low is None or self.high is None:
-            self.low, self.high = low.nan_to_num(0.0, 0.0, 0.0), high.nan_to_num(0.0, 0.0, 0.0)
-        else:
-            old_low, old_high = (torch.as_tensor(r, dtype=torch.float32, device=low.device) for r in (self.low, self.high))
-            self.low = torch.where(finite, old_low + MOMENTUM * (low - old_low), old_low)
-            self.high = torch.where(finite, old_high + MOMENTUM * (high - old_high), old_high)
+            self.low, self.high = low.new_full((), math.nan), low.new_full((), math.nan)
+        for name, new in (("low", low), ("high", high)):
+            old = torch.as_tensor(getattr(self, name), dtype=torch.float32, device=new.device)
+            moved = torch.where(torch.isnan(old), new, old + MOMENTUM * (new - old))  # NaN: no batch has counted yet
+            setattr(self, name, torch.where(finite, moved, old))
 
     def grid(self) -> Grid:
         """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
@@ -188,7 +189,8 @@ class ActivationQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""
         if self.rectified and self.spec.scheme == "symmetric":
-            x = x.clamp(0.0, self.cap)  # with z in the middle of the grid the clamp cannot be the ReLU
+            # With z in the middle of the grid the clamp cannot be the ReLU. Not x.clamp: its gradient at 0 is 1.
+            x = F.hardtanh(x, 0.0, self.cap)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         y = self._on_host(wide) if x.device.type == "cpu" else self._on_device(wide)
         return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -206,14 +208,16 @@ class ActivationQuantizer:
 
     def _on_device(self, x: Tensor) -> Tensor:
         spec = self.spec
-        low, high = (torch.as_tensor(r, dtype=torch.float32, device=x.device) for r in (self.low, self.high))
+        # The host reckons in double and rounds the scale to float32: so must the device, or zero points differ.
+        double = torch.float32 if x.device.type == "mps" else torch.float64
+        low, high = (torch.as_tensor(r, dtype=double, device=x.device) for r in (self.low, self.high))
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         if spec.scheme == "symmetric":
-            scale = (torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2)).clamp_(min=MIN_SCALE)
+            scale = (torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2)).float().clamp_(min=MIN_SCALE)
             zero = torch.full_like(scale, (spec.qmax + spec.qmin + 1) // 2)
         else:
-            scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_(min=MIN_SCALE)
-            zero = (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax)
+            scale = ((high - low) / (spec.qmax - spec.qmin)).float().clamp_(min=MIN_SCALE)
+            zero = (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax).float()
         bottom, top = spec.qmin - zero, spec.qmax - zero
         lower, upper = (bottom - 0.5) * scale, (top + 0.5) * scale
         if self.rectified and spec.scheme == "affine":
@@ -312,7 +316,7 @@ def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec
     high, low = weight.amax(dims, keepdim=True).clamp_(min=0), weight.amin(dims, keepdim=True).clamp_(max=0)
     above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
     own = torch.maximum(high / above, -low / below)
-    faint = torch.maximum(high, -low) * fold < grid.scale / 2
+    faint = torch.maximum(high, -low) * fold <= grid.scale / 2
     return torch.where(faint, torch.where(own > 0, own, 1.0), grid.scale / fold)
 
 
@@ -326,6 +330,8 @@ def fake_quantize_weight(weight: Tensor, spec: TensorSpec, fold: Tensor | None =
             *folded* weight `weight * fold` is what lies on the grid, and `fq(weight * fold) / fold` is returned: the
             general weight-side path, see fusion.py.
     """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return fake_quantize_weight(weight.float(), spec, fold).to(weight.dtype)
     with torch.no_grad():
         data = weight.detach()
         grid = weight_grid(data if fold is None else data * fold, spec)
