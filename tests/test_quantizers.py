@@ -299,6 +299,7 @@ def test_the_gradient_of_an_absorbed_relu_is_zero_at_zero(dtype: str, scheme: Sc
         ("uint8", "affine", math.inf, 2.0, 0, 255),
         ("uint8", "affine", 6.0, 2.0, 0, 255),
         ("uint8", "affine", 6.0, 6.0, 0, 255),
+        ("uint8", "affine", 6.0, 10.0, 0, 153),  # a loaded range beyond the cap
         ("int8", "affine", 6.0, 6.0, -128, 127),
         ("int8", "symmetric", math.inf, 2.0, 0, 127),
         ("int8", "symmetric", 6.0, 6.0, 0, 127),
