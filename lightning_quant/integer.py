@@ -59,7 +59,9 @@ def _exact_float(device: str) -> Iterator[None]:
             yield
     finally:
         for backend, precision in loose:
-            backend.fp32_precision = precision
+            backend.fp32_precision = "none"  # inherits again, if that is where the value came from
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
@@ -207,7 +209,8 @@ class Geometry:
         if isinstance(layer, nn.Linear):
             return cls(kind="linear")
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d), type(layer)
-        stride, dilation, groups = layer.stride, layer.dilation, layer.groups
+        stride, dilation = (_per_dimension(value, layer) for value in (layer.stride, layer.dilation))
+        groups = layer.groups
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             pad = _explicit_padding(layer)
             if layer.padding_mode != "zeros" or pad[::2] != pad[1::2]:
@@ -215,7 +218,13 @@ class Geometry:
                 none = (0,) * len(stride)
                 return cls(kind="conv", stride=stride, padding=none, dilation=dilation, groups=groups, pad=pad, pad_mode=mode)
             return cls(kind="conv", padding=pad[::-2], stride=stride, dilation=dilation, groups=groups)
-        return cls(kind="conv", padding=tuple(layer.padding), stride=stride, dilation=dilation, groups=groups)
+        padding = _per_dimension(layer.padding, layer)
+        return cls(kind="conv", padding=padding, stride=stride, dilation=dilation, groups=groups)
+
+
+def _per_dimension(value: int | tuple[int, ...], layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """One number a spatial dimension: torch's forward also takes a bare one, set after the layer was made."""
+    return (value,) * (layer.weight.dim() - 2) if isinstance(value, int) else tuple(value)
 
 
 def _explicit_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
@@ -223,7 +232,7 @@ def _explicit_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ..
     if layer.padding_mode != "zeros":
         return tuple(layer._reversed_padding_repeated_twice)
     sides: list[int] = []
-    for dilation, size in zip(reversed(layer.dilation), reversed(layer.kernel_size), strict=True):
+    for dilation, size in zip(reversed(_per_dimension(layer.dilation, layer)), reversed(layer.kernel_size), strict=True):
         total = dilation * (size - 1) if layer.padding == "same" else 0
         sides += [total // 2, total - total // 2]
     return tuple(sides)

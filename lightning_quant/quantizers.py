@@ -228,8 +228,9 @@ class ActivationQuantizer:
         return y
 
     def state_dict(self) -> dict[str, float | None]:
-        """The range as plain numbers."""
-        return {key: None if value is None else float(value) for key, value in (("low", self.low), ("high", self.high))}
+        """The range as plain numbers, None where there is none."""
+        low, high = (None if value is None or math.isnan(value) else float(value) for value in (self.low, self.high))
+        return {"low": low, "high": high}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Take over a range saved by `state_dict`."""
@@ -316,8 +317,9 @@ def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec
     high, low = weight.amax(dims, keepdim=True).clamp_(min=0), weight.amin(dims, keepdim=True).clamp_(max=0)
     above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
     own = torch.maximum(high / above, -low / below)
-    faint = torch.maximum(high, -low) * fold <= grid.scale / 2
-    return torch.where(faint, torch.where(own > 0, own, 1.0), grid.scale / fold)
+    step = grid.scale / fold
+    faint = (torch.maximum(high, -low) / step).round_() == 0
+    return torch.where(faint, torch.where(own > 0, own, 1.0), step)
 
 
 def fake_quantize_weight(weight: Tensor, spec: TensorSpec, fold: Tensor | None = None) -> Tensor:

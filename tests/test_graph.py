@@ -157,6 +157,29 @@ def test_an_in_place_module_stands_between_maker_and_reader() -> None:
     assert rows(graph) == [("fc", "Linear", (0,)), ("relu", "ReLU", (1,)), ("head", "Linear", (2,))]
 
 
+@pytest.mark.parametrize(
+    ("forward", "names"),
+    [
+        (lambda m, x: m.head(m.relu(m.fc(x))), set()),
+        (lambda m, x: (m.relu(m.fc(x)), m.fc(x)), set()),
+        (lambda m, x: over_the_old_name(m, x)[1], {"relu"}),
+        (lambda m, x: over_the_old_name(m, x)[0], {"relu"}),
+        (lambda m, x: (m.relu(x), x), {"relu"}),
+    ],
+    ids=["passed on", "two calls", "read again", "returned", "input returned"],
+)
+def test_calls_that_write_over_a_tensor_which_is_used_again(forward: Callable[..., Any], names: set[str]) -> None:
+    layers = {"fc": nn.Linear(3, 3), "relu": nn.ReLU(inplace=True), "head": nn.Linear(3, 3)}
+    graph = recorded(forward, X, **layers)
+    assert {graph.nodes[index].name for index in graph.side_effects} == names
+
+
+def over_the_old_name(m: Any, x: Tensor) -> Any:
+    y = m.fc(x)
+    m.relu(y)
+    return y, m.head(y)
+
+
 def test_a_module_called_twice_is_two_nodes_of_one_name() -> None:
     graph = recorded(lambda m, a: m.fc(m.fc(a)), X, fc=nn.Linear(3, 3))
     assert rows(graph) == [("fc", "Linear", (0,)), ("fc", "Linear", (1,))]
@@ -208,6 +231,27 @@ def test_dict_and_tuple_outputs_of_modules_and_of_the_model() -> None:
 def test_an_output_that_no_call_made_is_from_outside() -> None:
     kept = torch.ones(1)
     assert recorded(lambda m, x: (x, kept), X).outputs == (0, OUTSIDE)
+
+
+class Keeping(nn.Identity):
+    """Makes a tensor that no call returns."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.kept = input * 2
+        return input + 1
+
+
+def test_a_tensor_that_is_gone_does_not_lend_its_place_to_another() -> None:
+    """Python gives the id of a freed object to the next one of its size."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        m.fc(x)  # freed at once
+        m.keeping(x)
+        return m.head(m.keeping.kept)
+
+    layers = {"fc": nn.Linear(3, 3), "keeping": Keeping(), "head": nn.Linear(3, 3)}
+    (head,) = recorded(forward, X, **layers).calls("head")
+    assert head.reads == (OUTSIDE,)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3)], ids=str)
@@ -449,6 +493,7 @@ def test_nothing_of_ours_watches_later_calls(function: Callable[..., Any]) -> No
     run(counting(function))
     assert not torch.nn.modules.module._global_forward_hooks
     assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not torch.nn.modules.module._global_forward_hooks_always_called
     assert _get_current_function_mode() is None
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -184,10 +184,16 @@ def test_an_input_without_a_batch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "pad"),
-    [({"padding": (2, 2)}, 2), ({"padding": (0, 0)}, 0), ({"padding": (2, 2), "dilation": (2, 2)}, 2)],
-    ids=["wider", "none", "dilated"],
+    [
+        ({"padding": (2, 2)}, 2),
+        ({"padding": (0, 0)}, 0),
+        ({"padding": (2, 2), "dilation": (2, 2)}, 2),
+        ({"padding": 2}, 2),
+        ({"stride": 2, "dilation": 1}, 1),
+    ],
+    ids=["wider", "none", "dilated", "a bare padding", "a bare stride"],
 )
-def test_padding_that_was_changed_after_the_layer_was_made(change: dict[str, Any], pad: int) -> None:
+def test_a_geometry_that_was_changed_after_the_layer_was_made(change: dict[str, Any], pad: int) -> None:
     """Segmentation nets dilate a finished backbone by setting `padding` and `dilation`; torch's forward reads those."""
     layer: Any = nn.Conv2d(3, 4, 3, padding=1)
     for key, value in change.items():
@@ -195,7 +201,18 @@ def test_padding_that_was_changed_after_the_layer_was_made(change: dict[str, Any
     folded, x = random_weight((4, 3, 3, 3)), torch.randn(1, 3, 8, 8)
     got = IntegerLayer(folded, Geometry.of(layer), X, Y)(x)
     assert got.shape == layer(x).shape
+    layer.stride, layer.dilation = np.broadcast_to(layer.stride, 2), np.broadcast_to(layer.dilation, 2)
     assert np.array_equal(got.numpy(), reference_conv(x, folded, layer, [(pad, pad)] * 2, (X, Y)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_same_padding_follows_a_dilation_that_was_changed() -> None:
+    layer: Any = nn.Conv2d(3, 4, (3, 4), padding="same")
+    layer.dilation = (2, 1)
+    folded, x = random_weight((4, 3, 3, 4)), torch.randn(1, 3, 8, 8)
+    got = IntegerLayer(folded, Geometry.of(layer), X, Y)(x)
+    assert got.shape == layer(x).shape
+    assert np.array_equal(got.numpy(), reference_conv(x, folded, layer, [(2, 2), (1, 2)], (X, Y)))
 
 
 # -- linear layers --------------------------------------------------------------------------------------------------
@@ -313,13 +330,12 @@ def test_sums_beyond_float32_are_exact(kind: str) -> None:
 
 
 def test_a_wide_sum_is_requantized_in_float32() -> None:
-    """Multiplied in float64, some of these would land on the other side of a half step."""
-    folded, geometry, x = wide_case("linear")
-    y = grid(3.0e6 / 7, 0)
-    made = IntegerLayer(folded, geometry, grid(1.0, 0), y)
-    acc = (x.long() @ folded.q.long().T).numpy()
-    scale = np.float32(1) / np.float32(y.scale)
-    assert np.array_equal(made(x).numpy(), np.clip(np.rint(acc.astype(np.float32) * scale), 0, 255) * np.float32(y.scale))
+    """float32(113499997) is 113500000; times 1e-6 that is 113.5, which rounds to 114, and the exact product to 113."""
+    q, bias = torch.ones(1, 1, dtype=torch.int8), torch.tensor([113_499_997.0], dtype=torch.float64)
+    folded = FoldedWeight(q=q, scale=torch.ones(1), zero_point=None, bias=bias)
+    made = IntegerLayer(folded, Geometry.of(nn.Linear(1, 1)), grid(1.0, 0), grid(1e6, 0))
+    assert made.wide
+    assert made(torch.zeros(1, 1)).item() == 114e6
 
 
 @pytest.mark.parametrize(("bias", "wide"), [(65_535, False), (65_536, True), (-65_536, True)])
@@ -464,6 +480,21 @@ def test_torchs_newer_precision_settings_are_no_obstacle(layers: list[tuple[Inte
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+def test_a_precision_that_is_inherited_stays_inherited(layers: list[tuple[IntegerLayer, Tensor]]) -> None:
+    """What follows `torch.backends.fp32_precision` must go on following it, not keep the value of that moment."""
+    place: Any = torch.backends
+    place.mkldnn.matmul.fp32_precision = place.mkldnn.conv.fp32_precision = "none"
+    try:
+        place.fp32_precision = "tf32"
+        for layer, x in layers:
+            layer(x)
+        assert {place.mkldnn.matmul.fp32_precision, place.mkldnn.conv.fp32_precision} == {"tf32"}
+        place.fp32_precision = "ieee"
+        assert {place.mkldnn.matmul.fp32_precision, place.mkldnn.conv.fp32_precision} == {"ieee"}
+    finally:
+        place.fp32_precision = place.mkldnn.matmul.fp32_precision = place.mkldnn.conv.fp32_precision = "none"
+
+
 # -- layers that lack a grid ----------------------------------------------------------------------------------------------
 
 
@@ -516,9 +547,10 @@ def test_a_partly_integer_layer_keeps_the_dtype_and_computes_in_float32(dtype: t
     assert torch.equal(made(x), made(x.float()).to(dtype))
 
 
-def test_autocast_changes_nothing_in_a_partly_integer_layer() -> None:
-    made = PartlyIntegerLayer(random_weight((6, 7)), Geometry.of(nn.Linear(7, 6)), None, Y, None)
-    x = torch.randn(5, 7)
+@pytest.mark.parametrize("y", [Y, None], ids=["grid", "float"])
+def test_autocast_changes_nothing_in_a_partly_integer_layer(y: Grid | None) -> None:
+    made = PartlyIntegerLayer(random_weight((6, 7)), Geometry.of(nn.Linear(7, 6)), None, y, None)
+    x = torch.randn(50, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = made(x)
         assert torch.is_autocast_enabled("cpu")
@@ -581,6 +613,15 @@ def test_quantize_by_hand(x: float, q: int) -> None:
     assert OPS.quantize(torch.tensor([x]), 0.5, 10, 0, 200).tolist() == [q]
 
 
+def test_quantize_divides() -> None:
+    """1/s would flip some ties of float32(0.3)."""
+    s = np.float32(0.3)
+    x = (np.arange(128) + 0.5).astype(np.float32) * s
+    divided, reciprocal = np.rint(x / s), np.rint(x * (np.float32(1) / s))
+    assert (divided != reciprocal).any()
+    assert np.array_equal(OPS.quantize(torch.from_numpy(x), float(s), 0, 0, 255).numpy(), divided)
+
+
 def test_dequantize_by_hand() -> None:
     assert OPS.dequantize(torch.tensor([0, 10, 255], dtype=torch.uint8), 0.5, 10).tolist() == [-5.0, 0.0, 122.5]
 
@@ -600,3 +641,13 @@ def test_linear_by_hand() -> None:
     assert OPS.linear(*head, None, 0, 0, 0, False).item() == pytest.approx(0.7)
     assert OPS.linear(*head, 0.2, 1, 0, 255, False).item() == 5
     assert OPS.linear(*head, 0.2, 1, 0, 3, False).item() == 3
+
+
+def test_the_multiplier_is_divided_by_the_output_scale() -> None:
+    """s / 2s is one half, s * (1 / 2s) a little less for this s: every odd sum is a tie, rounded to even."""
+    s = float(np.float32(47 / 997))
+    assert np.float32(s) * np.float32(1 / (2 * s)) < 0.5
+    q = torch.arange(1, 255, 2, dtype=torch.uint8).unsqueeze(1)
+    one, bias = torch.ones(1, 1, dtype=torch.int8), torch.zeros(1, dtype=torch.int32)
+    got = OPS.linear(q, 1.0, 0, one, torch.tensor([s]), None, bias, 2 * s, 0, 0, 255, False)
+    assert np.array_equal(got.numpy(), np.rint(q.numpy() / 2))

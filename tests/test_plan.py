@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_quant.config import ConfigError
 from lightning_quant.plan import LayerPlan, Plan, make_plan
@@ -231,6 +231,27 @@ def test_the_last_of_three_entries_wins_over_the_second() -> None:
     assert (weight.spec.dtype, weight.decided_by, weight.notes) == ("uint8", "config_list[2]", ("overrules config_list[1]",))
 
 
+FLOAT_WEIGHT = "float weight: onnxruntime rounds it by itself where input and output are quantized"
+
+
+@pytest.mark.parametrize(
+    ("targets", "conv", "linear"),
+    [
+        (["_input_", "weight", "_output_"], (), ()),
+        (["_input_", "weight"], ("no output grid: float arithmetic",), ()),
+        (["weight", "_output_"], ("no input grid: float arithmetic",), ("no input grid: float arithmetic",)),
+        (["weight"], ("no input grid: float arithmetic",), ("no input grid: float arithmetic",)),
+        (["_output_"], ("no input grid: float arithmetic",), ("no input grid: float arithmetic",)),
+        (["_input_", "_output_"], (FLOAT_WEIGHT,), (FLOAT_WEIGHT,)),
+        (["_input_"], (FLOAT_WEIGHT,), (FLOAT_WEIGHT,)),
+    ],
+    ids=str,
+)
+def test_a_layer_that_lacks_a_grid_says_what_follows(targets: list[str], conv: tuple[str, ...], linear: tuple[str, ...]) -> None:
+    got = planned({"op_names": ["conv1", "fc1", "fc2"], "target_names": targets})
+    assert (got["conv1"].notes, got["fc1"].notes) == (conv, linear)
+
+
 def test_a_group_stays_when_a_later_entry_decides_a_target_anew() -> None:
     got = planned({"op_names": ["conv1"], "fuse_names": [BLOCKS[0]]}, {"op_types": ["Conv2d"], "quant_scheme": "affine"})
     assert got["conv1"].members == ("bn1", "relu1")
@@ -266,6 +287,10 @@ def subclasses() -> nn.Sequential:
 )
 def test_names_and_types_select_in_the_order_of_the_model(entry: dict[str, Any], names: list[str]) -> None:
     assert list(planned(entry)) == names
+
+
+def test_the_order_is_the_models_whatever_the_order_of_the_entries() -> None:
+    assert list(planned({"op_names": ["fc1"]}, {"op_names": ["conv1"]})) == ["conv1", "fc1"]
 
 
 @pytest.mark.parametrize(
@@ -333,14 +358,20 @@ def test_out_channel_asked_of_an_activation(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry",
-    [{"op_names": ["relu1"], "op_types": ["Linear"]}, {"op_names": ["fc1"], "op_types": ["Conv2d"]}, {"op_types": ["Net"]}],
-    ids=str,
+    "entry", [{"op_names": ["relu1"], "op_types": ["Linear"]}, {"op_names": ["fc1"], "op_types": ["Conv2d"]}], ids=str
 )
 @pytest.mark.parametrize("example", [None, IMAGE], ids=["no example", "example"])
-def test_an_entry_that_selects_no_module_is_said(entry: dict[str, Any], example: Any) -> None:
-    """Every name and type exists, but no module has both, or only the model itself does; another entry hides nothing."""
-    assert re.search(r"config_list\[1\]: .*(select|match)", error_of(Net(), [{"op_names": ["fc2"]}, entry], example))
+def test_names_and_types_that_no_module_has_together(entry: dict[str, Any], example: Any) -> None:
+    """Each exists; another entry that selects something hides nothing."""
+    text = "config_list[1]: op_names and op_types together select no module; drop one of the two keys."
+    assert error_of(Net(), [{"op_names": ["fc2"]}, entry], example) == text
+
+
+@pytest.mark.parametrize("example", [None, IMAGE], ids=["no example", "example"])
+def test_the_type_of_the_model_itself_selects_nothing(example: Any) -> None:
+    text = f"config_list[0]: op_types 'Net' matches no module; the model has {PRESENT}."
+    assert error_of(Net(), [{"op_types": ["Net"]}], example) == text
+    assert error_of(nn.Linear(4, 4), [LINEAR], ROW).startswith("config_list[0]: op_types 'Linear' matches no module")
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -441,7 +472,7 @@ def fuse_error(function: Callable[..., Any], group: tuple[str, ...], example: An
 
 
 def parts(**more: nn.Module) -> dict[str, nn.Module]:
-    return {"fc": nn.Linear(4, 4), "bn": nn.BatchNorm1d(4), "relu": nn.ReLU(), **more}
+    return {"fc": nn.Linear(4, 4), "bn": nn.BatchNorm1d(4), "relu": nn.ReLU(), "inplace": nn.ReLU(inplace=True), **more}
 
 
 def skip(m: Any, x: Tensor) -> Any:
@@ -472,6 +503,17 @@ def hidden_returned_and_read(m: Any, x: Tensor) -> Any:
 def end_read_twice(m: Any, x: Tensor) -> Any:
     y = m.bn(m.fc(x))
     return y, y * 2
+
+
+def in_place(m: Any, x: Tensor) -> Any:
+    y = m.fc(x)
+    m.inplace(y)
+    return y + 1
+
+
+def in_place_and_returned(m: Any, x: Tensor) -> Any:
+    y = m.fc(x)
+    return m.inplace(y), y
 
 
 FLOWS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[str, ...], str]] = {
@@ -520,6 +562,14 @@ FLOWS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[str, ...], str]] = {
     "member not called": (
         lambda m, x: m.fc(x), ("fc", "bn"), "'bn' is called 0 times and 'fc' 1 times; a shared module cannot be fused.",
     ),
+    "written over": (
+        in_place, ("fc", "inplace"),
+        "'inplace' works in place and its input is used afterwards by its old name; fused, nothing is written there.",
+    ),
+    "written over and returned": (
+        in_place_and_returned, ("fc", "inplace"),
+        "'inplace' works in place and its input is used afterwards by its old name; fused, nothing is written there.",
+    ),
     "head not called": (lambda m, x: m.bn(x), ("fc", "bn"), "'fc' is not called in the recorded forward."),
 }  # fmt: skip
 
@@ -556,8 +606,9 @@ def test_linear_and_batch_norm_on_sequences() -> None:
         (("fc", "bn", "relu"), lambda m, x: m.relu(m.bn(m.fc(x)))),
         (("fc", "bn", "relu"), lambda m, x: m.relu(m.bn(m.fc(m.relu(m.bn(m.fc(x))))))),
         (("fc", "bn"), end_read_twice),
+        (("fc", "inplace"), lambda m, x: m.inplace(m.fc(x)) + x),
     ],
-    ids=["norm", "relu", "both", "whole group twice", "end read twice"],
+    ids=["norm", "relu", "both", "whole group twice", "end read twice", "in place"],
 )
 def test_a_group_that_the_data_flows_through(group: tuple[str, ...], function: Callable[..., Any]) -> None:
     model = Calls(function, **parts())
@@ -813,12 +864,19 @@ def test_a_malformed_config_list_is_refused_first() -> None:
     assert error_of(Net(), [{}], IMAGE).startswith("config_list[0]: selects nothing")
 
 
-def test_a_parametrized_weight_is_right_or_refused() -> None:
-    """weight_norm computes `weight` anew at each use; there is no Parameter of that name."""
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
-    with contextlib.suppress(ConfigError):
-        prepared = prepare_model(model, make_plan(model, [LINEAR]))
-        assert prepared(ROW).shape == (2, 2)
+def pruned(layer: nn.Module) -> nn.Module:
+    made: nn.Module = prune.random_unstructured(layer, "weight", amount=0.5)
+    return made
+
+
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, pruned], ids=["weight_norm", "pruned"])
+@pytest.mark.parametrize("example", [None, ROW], ids=["no example", "example"])
+def test_a_weight_that_is_computed_anew_at_each_use_is_refused(make: Callable[[nn.Module], nn.Module], example: Any) -> None:
+    text = (
+        "config_list[0]: the weight of '0' is no Parameter of its own (parametrized, weight-normed or pruned); make it "
+        "permanent first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
+    )
+    assert error_of(nn.Sequential(make(nn.Linear(4, 4)), nn.Linear(4, 2)), [LINEAR], example) == text
 
 
 # -- root ----------------------------------------------------------------------------------------------------------------

@@ -443,6 +443,16 @@ def test_the_device_observes_what_the_host_observes(batches: list[list[float]], 
     assert device.state_dict() == pytest.approx(host.state_dict(), rel=1e-6)
 
 
+def test_a_device_that_saw_only_nan_has_no_range_to_save() -> None:
+    """A saved NaN would be moved by one per cent for ever, and a grid of NaN is none."""
+    made = observed_on_device([[math.nan, 50.0]])
+    assert made.state_dict() == {"low": None, "high": None}
+    other = ActivationQuantizer(activation(), "a")
+    other.load_state_dict(made.state_dict())
+    other.observe(torch.tensor([-1.0, 1.0]))
+    assert other.state_dict() == {"low": -1.0, "high": 1.0}
+
+
 def test_a_range_goes_on_moving_on_the_device_after_it_was_loaded() -> None:
     made = quantizer(-1.0, 1.0)
     made._observe_device(torch.tensor(-2.0), torch.tensor(3.0))
@@ -669,3 +679,9 @@ def test_a_channel_exactly_half_a_step_high_stays_alive() -> None:
     w = torch.tensor([[1.0, 0.5], [step / 2, step / 4]])
     y = fake_quantize_weight(w, weight(), torch.ones(2, 1))
     assert float(y[1].abs().max()) > 0
+
+
+def test_a_channel_that_floats_round_to_half_a_step_stays_alive() -> None:
+    """w c is a little over half a step here, and w / (s / c) exactly half of one."""
+    w, c = torch.tensor([[0.9469050168991089], [0.004004877060651779]]), torch.tensor([[1.0], [0.9308581948280334]])
+    assert float(fake_quantize_weight(w, weight(), c)[1]) > 0
