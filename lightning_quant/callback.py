@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_quant.capture import find_example
 from lightning_quant.config import ConfigError, parse_rules
 from lightning_quant.convert import convert_model, unobserved
-from lightning_quant.export import FORMATS, export_model
-from lightning_quant.graph import Graph, moved
+from lightning_quant.export import OPTIONS, ParityError, check_format, export_model
+from lightning_quant.graph import Graph, copied, moved, split_example, tensors_in, undisturbed
 from lightning_quant.plan import Plan, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
@@ -42,22 +42,26 @@ _FLOAT = Phase(observe=False, quantize=False)
 class QuantFusionCallback(Callback):
     r"""Trains a quantized, fused model out of any LightningModule and converts it to int8 at the end of fit.
 
-    In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: convolutions and linear
-    layers are fused with their batch norms and ReLUs and get quantizers. Modules, parameters, their names and order, hooks,
-    optimizers and checkpoints stay the user's own. While training, the schedule moves and freezes ranges and batch norm.
-    Validation runs the integer arithmetic that is deployed. In `on_fit_end` a copy is converted; `pl_module` stays trainable.
+    In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected convolutions
+    and linear layers get quantizers, and the groups in `fuse_names` (with batch norm, ReLU, ReLU6) are fused. Modules,
+    parameters, their names and order, hooks, optimizers and checkpoints stay the user's own. While training, the schedule moves
+    and freezes ranges and batch norm. Validation runs the integer arithmetic that is deployed. In `on_fit_end` a copy is
+    converted; `pl_module` stays trainable.
 
     Args:
-        config_list: a list of dicts, see `parse_rules`; the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`.
+        config_list: a list of dicts with the keys `op_names`, `op_types`, `target_names`, `quant_dtype`, `quant_scheme`,
+            `granularity`, `fuse_names` and `target_settings`; the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`.
         schedule: a `Schedule`, a dict of its fields, or None for its defaults.
         root: name of the submodule that the names in `config_list` are relative to; None for the LightningModule.
         example_input: what the root's forward is called with (a tensor, a tuple of positional arguments, a dict of keyword
             arguments or (tuple, dict)). None: `example_input_array`, else a batch of the training data as `training_step`
-            hands it on (the step is aborted there; no optimizer, random state or loader position moves).
+            hands it on: to the LightningModule's own forward, or else to the first module that it calls (the step is aborted
+            there; no optimizer, random state or loader position moves).
         source: "best" converts the best checkpoint of the first monitored ModelCheckpoint among those saved while
             quantization was active, "last" the weights at the end of fit. Without such a checkpoint "best" is "last".
         export: None, a suffix (".onnx", ".pt2"), a list of suffixes or {suffix: options of `export_model`}: files
-            `model<suffix>` written in `on_fit_end` by the first process.
+            `model<suffix>` written in `on_fit_end` by the first process, not in a `fast_dev_run`. They hold the module that was
+            recorded: the LightningModule, or `root`, or the first module that `training_step` calls.
         dirpath: folder of those files; None for the trainer's log folder.
         verbose: 0 says nothing, 1 prints the plan and what was converted.
 
@@ -102,6 +106,8 @@ class QuantFusionCallback(Callback):
         self._module: pl.LightningModule | None = None
         self._phase = _FLOAT
         self._total_steps = math.inf
+        self._told = False
+        self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._pending: dict[str, Any] | None = None
         self._example: Any = None
         self._entry = ""
@@ -120,25 +126,41 @@ class QuantFusionCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Plan and attach. A module that is prepared already (a second fit) keeps its ranges."""
-        state = self._pending
-        if state is None and fused_groups(pl_module):
-            state = {"quantizers": quantizer_state(pl_module), "phase": vars(self._phase)}
+        """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
+        again = bool(fused_groups(pl_module))
+        state, before = (self._state(pl_module), self.plan) if again else (self._pending, None)
         restore_model(pl_module)
+        try:
+            self._attach(trainer, pl_module, state, again)
+        except BaseException:
+            # As it was: float, or prepared by the fit before.
+            restore_model(pl_module)
+            if before is not None and state is not None:
+                self.plan = before
+                prepare_model(pl_module, before)
+                self._load(pl_module, state)
+            raise
+        if self.verbose:
+            rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
         self.plan, self.deployed_model = self._make_plan(trainer, pl_module), None
         prepare_model(pl_module, self.plan)
-        self._module, self._pending = pl_module, None
+        if state is not None and again and set(state["quantizers"]) != set(quantizer_state(pl_module)):
+            rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
+            state = None
         if state is None:
+            self._run = uuid.uuid4().hex
             self._set_phase(pl_module, _FLOAT)
         else:
             self._load(pl_module, state)
-        if self.verbose:
-            rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
+        self._module, self._pending = pl_module, None
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         scope, why = scope_of(pl_module, self.root), "no example input was found"
         graph: Graph | None = None
-        found = self._find_example(trainer, pl_module, scope)
+        self._example, self._entry = None, ""
+        found = find_example(trainer, pl_module, scope, self.example_input)
         if isinstance(found, str):
             why = found
         else:
@@ -151,27 +173,10 @@ class QuantFusionCallback(Callback):
             note = (
                 f"recorded from {self._entry!r}, the first module that training_step calls; give example_input to record another"
             )
+            if plan.notes:
+                rank_zero_warn(f"{type(self).__name__}: {'; '.join(plan.notes)}; {note}")
             plan = Plan(layers=plan.layers, notes=(*plan.notes, note))
         return plan
-
-    def _find_example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, scope: nn.Module) -> tuple[nn.Module, Any] | str:
-        """(module, what it is called with) for the recorded forward, or why there is none."""
-        if self.example_input is not None:
-            return scope, self.example_input
-        array = pl_module.example_input_array
-        if array is not None:
-            if scope is pl_module:
-                return scope, array
-            args, kwargs = ((), array) if isinstance(array, dict) else (array if isinstance(array, tuple) else (array,), {})
-            return _captured([scope], lambda: pl_module(*args, **kwargs))
-        trainer.fit_loop.setup_data()
-        with isolate_rng(), torch.no_grad():
-            try:
-                batch = _first_batch(trainer, pl_module)
-                modules = [scope] if self.root else list(pl_module.modules())
-                return _captured(modules, lambda: _training_step(pl_module, batch))
-            except _NoBatchError as reason:
-                return str(reason)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -194,6 +199,17 @@ class QuantFusionCallback(Callback):
         phase = self.schedule.phase_at(clock)
         if phase != self._phase:
             self._set_phase(pl_module, phase)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say early which layers have no range, not only when there is nothing to convert."""
+        blind = unobserved(pl_module) if self._phase.observe and not self._told else []
+        if blind:
+            self._told = True
+            rank_zero_warn(
+                f"{type(self).__name__}: a whole epoch gave {', '.join(blind)} no range: in eval mode while training, or not "
+                "called. Left so, nothing will be converted; put these layers in train mode or leave them out of config_list."
+            )
 
     def _set_phase(self, pl_module: pl.LightningModule, phase: Phase) -> None:
         self._phase = phase
@@ -238,18 +254,18 @@ class QuantFusionCallback(Callback):
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
             return
         origin = self._best_checkpoint(trainer) if self.source == "best" else None
-        if origin is None:
-            self.convert(pl_module)
-        else:
-            checkpoint = origin[1]
-            twin = copy.deepcopy(pl_module)
-            twin.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
-            load_quantizer_state(twin, checkpoint["callbacks"][self.state_key]["quantizers"])
-            self.deployed_model = convert_model(twin)
+        twin = copy.deepcopy(pl_module)
+        if origin is not None:
+            twin.load_state_dict(origin[1]["state_dict"], strict=pl_module.strict_loading)
+            load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
+        deployed = convert_model(twin)
+        if self._example is not None:
+            _check_conversion(twin.get_submodule(self._entry), deployed.get_submodule(self._entry), self._example)
+        self.deployed_model = deployed
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
             self._export(folder)
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
@@ -272,7 +288,9 @@ class QuantFusionCallback(Callback):
         for path in filter(os.path.isfile, paths):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # this run wrote it
             state = checkpoint.get("callbacks", {}).get(self.state_key)
-            if state and state["phase"]["quantize"]:
+            if not state or state["run"] != self._run or not state["phase"]["quantize"]:
+                continue
+            if all(value["low"] is not None for value in state["quantizers"].values()):
                 return path, checkpoint
         rank_zero_warn(
             f"{type(self).__name__}: no checkpoint of {type(keeper).__name__}(monitor={keeper.monitor!r}) was saved with "
@@ -285,11 +303,18 @@ class QuantFusionCallback(Callback):
         assert self.deployed_model is not None
         if self.export and self._example is None:
             raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
+        failed: list[Exception] = []
         for suffix, options in self.export.items():
             model = self.deployed_model.get_submodule(self._entry)
-            path = export_model(model, folder / f"model{suffix}", **{"example_input": self._example, **options})
-            if self.verbose:
-                rank_zero_info(f"{type(self).__name__}: wrote {path}")
+            try:
+                path = export_model(model, folder / f"model{suffix}", **{"example_input": self._example, **options})
+            except (ConfigError, ParityError, OSError) as error:  # the other formats may well succeed
+                failed.append(error)
+            else:
+                if self.verbose:
+                    rank_zero_info(f"{type(self).__name__}: wrote {path}")
+        if failed:
+            raise failed[0]
 
     # -- state: plain numbers, tensors and strings, so that checkpoints load with weights_only=True -----------------------
 
@@ -304,11 +329,15 @@ class QuantFusionCallback(Callback):
         """Ranges by target name, the phase and the config_list."""
         if self._module is None:
             return dict(self._pending or {})
+        return self._state(self._module)
+
+    def _state(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         return {
             "version": 1,
+            "run": self._run,
             "config_list": copy.deepcopy(self.config_list),
             "phase": dict(vars(self._phase)),
-            "quantizers": quantizer_state(self._module),
+            "quantizers": quantizer_state(pl_module),
         }
 
     @override
@@ -322,8 +351,35 @@ class QuantFusionCallback(Callback):
             self._pending = state_dict
 
     def _load(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
+        if state.get("version") != 1:
+            raise ConfigError(f"the checkpoint's state is of version {state.get('version')!r}; this release reads version 1.")
         load_quantizer_state(pl_module, state["quantizers"])
+        self._run = state["run"]
         self._set_phase(pl_module, Phase(**state["phase"]))
+
+
+def _check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:
+    """Raise a ParityError unless both give the same numbers; a forward that looks into its layers may not."""
+    args, kwargs = split_example(example)
+    outputs: list[list[torch.Tensor]] = []
+    try:
+        for model in (prepared, deployed):
+            with undisturbed(model), isolate_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                outputs.append(list(tensors_in(model(*copied(args), **copied(kwargs)))))
+        same = len(outputs[0]) == len(outputs[1]) and all(map(_equal, *outputs))
+        why = "gives other numbers than the prepared model in eval mode"
+    except Exception as error:  # noqa: BLE001  (whatever the user's forward stumbles on)
+        same, why = False, f"fails: {error}"
+    if not same:
+        raise ParityError(
+            f"the converted model {why} on the example input. A forward that reads the weight or the dtype of a fused layer "
+            "cannot be converted: leave that layer out of config_list. The trained model is unharmed."
+        )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 # -- the constructor's arguments ----------------------------------------------------------------------------------------
@@ -343,84 +399,15 @@ def _export_options(export: Any) -> dict[str, dict[str, Any]]:
         return {}
     if isinstance(export, str):
         export = [export]
-    options = dict(export) if isinstance(export, Mapping) else {suffix: {} for suffix in export}
-    for suffix in options:
-        if suffix not in FORMATS:
-            raise ConfigError(f"export: unknown suffix {suffix!r}; known: {', '.join(FORMATS)}.")
-    return {suffix: dict(given or {}) for suffix, given in options.items()}
-
-
-# -- what the training data calls the model with ------------------------------------------------------------------------
-
-
-class _NoBatchError(Exception):
-    """Why no batch of the training data can be had."""
-
-
-class _Reached(BaseException):
-    """Carries the arguments out of an aborted training step; no `except Exception` of the user's may stop it."""
-
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.call = (module, args, kwargs)
-
-
-def _captured(modules: Iterable[nn.Module], run: Any) -> tuple[nn.Module, Any] | str:
-    """The first of `modules` that `run` calls, and what with; the call is aborted. Or why there was none."""
-
-    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached(module, args, kwargs)
-
-    handles = [module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True) for module in modules]
-    try:
-        run()
-    except _Reached as reached:
-        module, args, kwargs = reached.call
-        return module, (tuple(args), dict(kwargs))
-    except Exception as error:  # noqa: BLE001  (a user's step may raise anything; the plan says what)
-        return f"a trial training step failed: {error}"
-    finally:
-        for handle in handles:
-            handle.remove()
-    return "a trial training step called no module"
-
-
-def _training_step(pl_module: pl.LightningModule, batch: Any) -> None:
-    names = list(inspect.signature(pl_module.training_step).parameters)
-    if "dataloader_iter" in names:
-        raise _NoBatchError("training_step takes a dataloader_iter")
-    pl_module.training_step(*((batch, 0) if len(names) > 1 else (batch,)))
-
-
-def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """A first batch of the training data, on the device, with the loaders' own iterators left untouched."""
-    loaders = trainer.train_dataloader
-    if loaders is None:
-        raise _NoBatchError("there is no training data")
-    batch = trainer.precision_plugin.convert_input(_sample(loaders))
-    batch = pl_module.on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _sample(loaders: Any) -> Any:
-    """One batch with the structure of the loaders."""
-    if isinstance(loaders, Mapping):
-        return {key: _sample(loader) for key, loader in loaders.items()}
-    if isinstance(loaders, list | tuple):
-        return type(loaders)(_sample(loader) for loader in loaders)
-    if not isinstance(loaders, DataLoader):
-        return next(iter(loaders))
-    generators = [g for g in (loaders.generator, getattr(loaders.sampler, "generator", None)) if g is not None]
-    states = [generator.get_state() for generator in generators]
-    try:
-        if isinstance(loaders.dataset, IterableDataset) or loaders.batch_sampler is None:
-            if loaders.persistent_workers:
-                raise _NoBatchError("an iterable dataset with persistent workers has one iterator only")
-            return next(iter(loaders))
-        # Not through the loader: that would start workers, or move a persistent iterator that training is to read.
-        indices = next(iter(loaders.batch_sampler))
-        return loaders.collate_fn([loaders.dataset[index] for index in indices])
-    except StopIteration:
-        raise _NoBatchError("the training data is empty") from None
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    if not isinstance(export, Mapping | Sequence):
+        raise ConfigError(f"export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got {export!r}.")
+    wrong = isinstance(export, Mapping) and any(not isinstance(given, Mapping | None) for given in export.values())
+    if wrong:
+        raise ConfigError(f"export: expected a dict of options for each suffix, got {export!r}.")
+    options = {s: dict(given or {}) for s, given in export.items()} if isinstance(export, Mapping) else {s: {} for s in export}
+    for suffix, given in options.items():
+        check_format(suffix, "export")
+        for key in given:
+            if key not in OPTIONS:
+                raise ConfigError(f"export[{suffix!r}]: unknown option {key!r}; allowed: {', '.join(OPTIONS)}.")
+    return options

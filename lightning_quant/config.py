@@ -46,7 +46,7 @@ def raise_problems(problems: Sequence[str]) -> None:
 class TensorSpec:
     """What is decided for one target: the integer grid and how many scales share a tensor.
 
-    `bits` 2..16; `qmin`, `qmax`: the ends of the grid, both included. See the equation in `quantizers.py`.
+    `qmin`, `qmax`: the ends of the grid, both included. See the equation in `quantizers.py`.
     """
 
     dtype: str
@@ -103,17 +103,21 @@ def _sequence(value: Any) -> bool:
 
 def _names(value: Any, where: str, problems: Problems) -> tuple[str, ...]:
     if not _sequence(value) or not all(isinstance(name, str) for name in value):
-        problems.append(f"{where}: expected a list of strings, got {value!r}; write ['conv1'] for one name.")
+        example = value if isinstance(value, str) else "conv1"
+        problems.append(f"{where}: expected a list of strings, got {value!r}; write [{example!r}] for one name.")
         return ()
     if not value:
         problems.append(f"{where}: the list is empty; name at least one, or leave the key out.")
     return tuple(dict.fromkeys(value))
 
 
+_SYNONYMS = {"asymmetric": "affine", "per_channel": "out_channel"}
+
+
 def _choice(allowed: Sequence[str]) -> Callable[[Any, str, Problems], str]:
     def check(value: Any, where: str, problems: Problems) -> str:
         if not isinstance(value, str) or value not in allowed:
-            hint = closest(value, allowed, 1) if isinstance(value, str) else []
+            hint = closest(_SYNONYMS.get(value, value), allowed, 1) if isinstance(value, str) else []
             guess = f" Did you mean {hint[0]!r}?" if hint else ""
             problems.append(f"{where}: {value!r} is not one of {', '.join(allowed)}.{guess}")
         return str(value)
@@ -124,6 +128,9 @@ def _choice(allowed: Sequence[str]) -> Callable[[Any, str, Problems], str]:
 def _groups(value: Any, where: str, problems: Problems) -> tuple[tuple[str, ...], ...]:
     if not _sequence(value):
         problems.append(f"{where}: expected a list of groups such as [('conv1', 'bn1')], got {value!r}.")
+        return ()
+    if len(value) > 1 and all(isinstance(name, str) for name in value):
+        problems.append(f"{where}: expected a list of groups, got one group; write [{tuple(value)!r}].")
         return ()
     groups: list[tuple[str, ...]] = []
     for position, group in enumerate(value):
@@ -209,7 +216,11 @@ def parse_rules(config_list: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     if not _sequence(config_list) or not config_list:
         raise ConfigError(
             f"config_list: expected a non-empty list of dicts, got {config_list!r}; "
-            "the shortest useful one is [{'op_types': ['Linear']}]."
+            + (
+                "put it in a list: [{...}]."
+                if isinstance(config_list, Mapping)
+                else "the shortest useful one is [{'op_types': ['Linear']}]."
+            )
         )
     problems: Problems = []
     rules = [_rule(entry, index, problems) for index, entry in enumerate(config_list)]

@@ -17,8 +17,8 @@ def convert_model(model: nn.Module) -> nn.Module:
 
     In the copy the head of every group is an `IntegerLayer` (int8 weight, int32 bias; float arithmetic on int8 weights
     where a grid is missing), batch norms and activations of groups are `nn.Identity`, and everything runs in eval mode on
-    the device the model is on. Hooks on members of groups are not copied. The result equals the prepared model's eval mode
-    bit for bit.
+    the device the model is on. Hooks on members of groups are not copied (the plan names them). The result equals the
+    prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers.
 
     Raises:
         ConfigError: if the model is not prepared, or a range was never observed (the layer is named).
@@ -34,6 +34,8 @@ def convert_model(model: nn.Module) -> nn.Module:
             "representative data through these layers first, or leave them out of config_list."
         )
     deployed = copy.deepcopy(model)
+    for module in deployed.modules():
+        module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
     for name, (head, group) in fused_groups(deployed).items():
         layer = deployed_layer(head, group)
         for member in group.members:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import math
@@ -16,7 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,21 @@ _EXACT_SUMS = ("session.x64quantprecision", "1")
 
 class ParityError(RuntimeError):
     """An exported file does not compute what the deployed model computes; no file was left at the target path."""
+
+
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPTIONS = ("example_input", "dynamic_batch", "atol")
+
+
+def check_format(suffix: Any, place: str) -> None:
+    """Raise a ConfigError if `suffix` is no format, or one whose packages are missing; costs no import."""
+    if suffix not in _FORMATS:
+        raise ConfigError(f"{place}: unknown suffix {suffix!r}; known: {', '.join(_FORMATS)}.")
+    missing = [name for name in _ONNX_PACKAGES if suffix == ".onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{place}: ONNX export needs {', '.join(missing)}, which is not installed: pip install 'lightning_quant[onnx]'."
+        )
 
 
 def _require(*modules: str) -> list[Any]:
@@ -77,10 +93,10 @@ def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch
         raise ConfigError("example_input: no tensor in it; give what the model is called with.")
     batch = first.shape[0] if first.dim() else -1
     if dynamic_batch:
-        args, kwargs = _two_samples(args, batch), _two_samples(kwargs, batch)
+        # By the lengths of the example, before it is cut to two samples: then other inputs may have length 2, too.
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        size = 2 if batch >= 0 else -1
-        shapes = {name: _dynamic(value, torch.export.Dim("batch"), size) for name, value in bound.items()}
+        shapes = {name: _dynamic(value, torch.export.Dim("batch"), batch) for name, value in bound.items()}
+        args, kwargs = _two_samples(args, batch), _two_samples(kwargs, batch)
     else:
         args, kwargs, shapes = copied(args), copied(kwargs), None
     try:
@@ -92,7 +108,10 @@ def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch
             "written as a number?) or give dynamic_batch=False."
         ) from error
     except Exception as error:
-        raise ConfigError(f"torch.export cannot export {type(model).__name__}: {error}") from error
+        raise ConfigError(
+            f"torch.export cannot export {type(model).__name__}: {error}. If its forward fixes the batch size, give "
+            "dynamic_batch=False."
+        ) from error
 
 
 # -- formats: one row each ------------------------------------------------------------------------------------------------
@@ -103,7 +122,6 @@ def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    _require("onnx", "onnxscript", "onnxruntime")
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     with _quiet_exporter():
         exported = torch.onnx.export(
@@ -112,6 +130,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
             dynamo=True,
             opset_version=OPSET,
             input_names=names,
+            output_names=["output"] if len(program.graph_signature.user_outputs) == 1 else None,
             custom_translation_table=_onnx_translations(),
             verbose=False,
         )
@@ -128,7 +147,12 @@ def _tidy(graph: Any) -> None:
     """
     (ir,) = _require("onnx_ir")
     taken: set[str] = set()
-    for node in graph:
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear" and _from_another_grid(node):
+            # onnxruntime merges neighbouring pairs into one by rescaling, which moves levels; not through a Max of one.
+            barrier = ir.node("Max", [node.inputs[0]])
+            graph.insert_before(node, barrier)
+            node.replace_input_with(0, barrier.outputs[0])
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
@@ -142,6 +166,15 @@ def _tidy(graph: Any) -> None:
             graph.register_initializer(own)
             node.replace_input_with(2, own)
         taken.add(zero.name)
+
+
+def _from_another_grid(quantize: Any) -> bool:
+    """Whether a QuantizeLinear reads a DequantizeLinear with another scale or zero point."""
+    source = quantize.inputs[0].producer()
+    if source is None or source.op_type != "DequantizeLinear":
+        return False
+    pairs = zip(quantize.inputs[1:3], source.inputs[1:3], strict=True)
+    return any(a is not b and (a.const_value.numpy() != b.const_value.numpy()).any() for a, b in pairs)
 
 
 @contextlib.contextmanager
@@ -235,14 +268,14 @@ def _unshared_weights(path: Path) -> bytes:
     for position, node in reversed(list(enumerate(model.graph.node))):
         for slot, name in enumerate(node.input):
             if name in seen and name in dequantized:
-                again = f"{name}_{position}"
+                again = f"{name}/again_{position}"  # no exporter writes such a name
                 copy = model.graph.node.add()
                 copy.CopyFrom(dequantized[name])
                 copy.name, copy.output[0], node.input[slot] = again, again, again
                 for part, source in enumerate(copy.input):
                     tensor = model.graph.initializer.add()
                     tensor.CopyFrom(stored[source])
-                    tensor.name = copy.input[part] = f"{source}_{position}"
+                    tensor.name = copy.input[part] = f"{source}/again_{position}"
                 model.graph.node.remove(copy)
                 model.graph.node.insert(position, copy)
             seen.add(name)
@@ -261,7 +294,10 @@ def _run_program(path: Path) -> Callable[[Any], list[Tensor]]:
 
 
 def _run_onnx(path: Path, exact_sums: bool = True) -> Callable[[Any], list[Tensor]]:
-    session = onnxruntime_session(path, exact_sums=exact_sums)
+    try:
+        session = onnxruntime_session(path, exact_sums=exact_sums)
+    except Exception as error:
+        raise ParityError(f"onnxruntime cannot run the exported file, so it was not written: {error}") from error
 
     def run(example_input: Any) -> list[Tensor]:
         feeds = [tensor.numpy() for tensor in tensors_in(split_example(example_input))]
@@ -275,20 +311,23 @@ _FORMATS: dict[str, tuple[Callable[[torch.export.ExportedProgram, Path], None], 
     ".onnx": (_write_onnx, _run_onnx),
     ".pt2": (_write_program, _run_program),
 }
-FORMATS = tuple(_FORMATS)
 
 
 # -- export and its check -------------------------------------------------------------------------------------------------
 
 
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, int]:
-    """(largest difference relative to max(1, largest value), index of that output) over all outputs."""
+    """(largest difference relative to the largest value, index of that output) over all outputs."""
     worst = (0.0, 0)
+    if len(found) != len(wanted):
+        return math.inf, min(len(found), len(wanted))
     for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if a.shape != b.shape:
             return math.inf, index
-        if b.numel():
-            gap = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1))
+        equal = (a == b) | (a.isnan() & b.isnan())  # also where both are NaN or infinite
+        if not bool(equal.all()):
+            scale = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else b.new_ones(())
+            gap = float((a.double() - b.double())[~equal].abs().max() / scale.double().clamp(min=1e-12))
             worst = max(worst, (math.inf if math.isnan(gap) else gap, index))
     return worst
 
@@ -312,16 +351,16 @@ def _only_integers_meet_grids(program: torch.export.ExportedProgram) -> bool:
 
 
 def _check(path: Path, target: Path, run: Callable[[Any], list[Tensor]], model: nn.Module, example: Any, atol: float) -> None:
-    args, kwargs = split_example(example)
+    args, kwargs = split_example(copied(example))  # a forward may write to what it is given
     with torch.no_grad():
         wanted = list(tensors_in(model(*args, **kwargs)))
-    gap, index = _difference(run(example), wanted)
+    gap, index = _difference(run(copied(example)), wanted)
     if not gap <= atol:
         raise ParityError(
             f"{target.name}: output {index} differs from the deployed model's by {gap:.3g} of its largest value (allowed "
             f"{atol:g}) on the example input; nothing was written to {target}. Raise atol only if that is acceptable."
         )
-    if path.suffix == ".onnx" and _difference(_run_onnx(path, exact_sums=False)(example), wanted)[0] > atol:
+    if path.suffix == ".onnx" and _difference(_run_onnx(path, exact_sums=False)(copied(example)), wanted)[0] > atol:
         warnings.warn(
             "onnxruntime's default int8 kernels saturate on this CPU (it has no VNNI) and give other results for "
             f"{target.name}. On such CPUs create the session with options.add_session_config_entry{_EXACT_SUMS!r}.",
@@ -348,7 +387,7 @@ def export_model(
         example_input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or (tuple, dict). Its
             outputs are compared; give real data, as much as you like.
         dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
-        atol: allowed difference of any output, relative to max(1, its largest absolute value). None: 1e-4 where every
+        atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
             operator stands before a quantizer, whose last bit may tip a value to the next level.
 
@@ -360,8 +399,7 @@ def export_model(
         ParityError: the file computes something else; the target is as it was before.
     """
     target = Path(path)
-    if target.suffix not in _FORMATS:
-        raise ConfigError(f"path {os.fspath(path)!r}: unknown suffix {target.suffix!r}; known: {', '.join(FORMATS)}.")
+    check_format(target.suffix, f"path {os.fspath(path)!r}")
     if any(module.training for module in deployed.modules()):
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
@@ -381,8 +419,28 @@ def export_model(
     return target
 
 
+class DeployedProgram(nn.Module):
+    """An exported program as a module of an ordinary evaluation loop: `eval()` does nothing, `train()` is refused."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program, self.training = program, False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program."""
+        return self.program(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        if mode:
+            raise ConfigError("a loaded program cannot be trained; train the model that it was converted from.")
+        return self
+
+
 def load_deployed(path: str | os.PathLike[str]) -> nn.Module:
-    """The model in a `.pt2` file that `export_model` wrote: called like the deployed model, on CPU, eval mode.
+    """The model in a `.pt2` file that `export_model` wrote, on CPU: an `nn.Module` that is always in eval mode.
+
+    It takes its arguments as the example input gave them: those that were positional by position, the others by name.
 
     Raises:
         ConfigError: if the file is missing or is no such program.
@@ -393,6 +451,6 @@ def load_deployed(path: str | os.PathLike[str]) -> nn.Module:
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
     try:
-        return torch.export.load(source).module()
+        return DeployedProgram(torch.export.load(source).module())
     except Exception as error:
         raise ConfigError(f"path {os.fspath(path)!r} is no program that export_model wrote, or is damaged: {error}") from error

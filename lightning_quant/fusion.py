@@ -118,6 +118,7 @@ class FusedGroup:
         self.phase = Phase()
         self.simulate = False  # eval mode simulates too, for comparisons
         self.deployed: nn.Module | None = None  # built at the first eval forward, dropped by train() and eval()
+        self.deployed_ranges: list[Any] = []  # what it was built on; a shared range may be another group's to move
         self.integer_pass = False  # this pass: the head ran the deployed layer, the others hand on
         self.observing = False  # this pass: training, and the schedule lets ranges move
 
@@ -138,13 +139,15 @@ class FusedGroup:
         """Decide what this pass is; True if the deployed layer runs."""
         self.observing = head.training and self.phase.observe
         self.integer_pass = (
-            not head.training
+            not any(module.training for module in (head, *self.members))
             and self.phase.quantize
             and not self.simulate
             and self.ready
             and not self._wants_gradient(head, x)
             and not self._is_watched(head)
         )
+        if not self.integer_pass:
+            self.deployed = None  # a pass with gradients, or in training: the weights may move after it
         return self.integer_pass
 
     def _wants_gradient(self, head: nn.Module, x: Tensor) -> bool:
@@ -172,7 +175,8 @@ class FusedGroup:
         assert self.weight is not None
         fold = None
         if self.batch_norm is not None and self.weight.granularity == "per_tensor":
-            fold = _channel_factor(self.batch_norm).abs().to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            fold = _channel_factor(self.batch_norm).abs().to(wide).view(-1, *[1] * (weight.dim() - 1))
         return fake_quantize_weight(weight, self.weight, fold)
 
     def finish(self, member: nn.Module, x: Tensor) -> Tensor | None:
@@ -189,8 +193,10 @@ class FusedGroup:
         return self.output(x) if self.phase.quantize and self.output.ready else None
 
     def run_deployed(self, head: nn.Module, x: Tensor) -> Tensor:
-        """The folded layer on x; built once, from the parameters as they are now."""
-        if self.deployed is None:
+        """The folded layer on x; built once, from the parameters and ranges as they are now."""
+        ranges = [(q.low, q.high) for q in (self.input, self.output) if q is not None]
+        if self.deployed is None or ranges != self.deployed_ranges:
+            self.deployed_ranges = ranges
             # Outside inference mode: what is built during trainer.test() may be used by a later fit's validation.
             with torch.inference_mode(False), torch.no_grad():
                 self.deployed = deployed_layer(head, self)
@@ -210,7 +216,8 @@ def group_of(module: nn.Module) -> FusedGroup | None:
 class _Member(nn.Module):
     """What all members share: the deployed layer is dropped whenever the numbers behind it may change.
 
-    A member's class is made at run time from its role and its own class: `FusedConv2d(_Head, Conv2d)`.
+    A member's class is made at run time from its role and its own class: `FusedConv2d(_Head, Conv2d)`. torch.compile runs
+    members as they are: ranges are host numbers that change with every batch.
     """
 
     def _group(self) -> FusedGroup:
@@ -237,6 +244,7 @@ class _Member(nn.Module):
 class _Head(_Member):
     """A convolution or linear layer that begins a group."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         group = self._group()
         if group.begin(self, input):
@@ -260,12 +268,15 @@ class _Head(_Member):
 class _BatchNormMember(_Member):
     """The batch norm of a group: itself, with statistics that the schedule can stop."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         group = self._group()
         if group.integer_pass:
             return input
         norm: Any = self
-        if group.phase.freeze_batch_norm and norm.training and norm.running_mean is not None:
+        # Without a momentum somebody recomputes the statistics (Lightning's SWA, torch's update_bn): that must get through.
+        frozen = group.phase.freeze_batch_norm and norm.training and norm.momentum is not None
+        if frozen and norm.running_mean is not None:
             y = F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         else:
             y = super().forward(input)
@@ -276,6 +287,7 @@ class _BatchNormMember(_Member):
 class _ActivationMember(_Member):
     """The activation of a group: where the end is rounded, the clamp of the grid does its work."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
         group = self._group()
         if group.integer_pass:
@@ -383,13 +395,14 @@ def fold(head: nn.Module, norm: nn.Module | None, spec: TensorSpec) -> FoldedWei
     shift = 128 if spec.qmin == 0 else 0
     if zero is not None:
         zero = (torch.where(negative, mirror - zero, zero) - shift).to(torch.int8)
-    dead = (scale == 0) if scale.dim() else scale.new_zeros((), dtype=torch.bool)
-    if scale.dim():  # gamma = 0: the channel is its bias
-        level = torch.zeros_like(scale) if zero is None else zero.double() + shift
-        q = torch.where(dead.view(column), level.to(q.dtype).view(column), q)
+    if scale.dim():
+        # A channel of zeros (gamma = 0, pruned) is its bias: on a small step, which _widened raises as far as int32 needs.
+        level = (torch.zeros_like(scale) if zero is None else zero.double() + shift).to(q.dtype).view(column)
+        q = torch.where((scale == 0).view(column), level, q)
+        scale = torch.where((q == level).flatten(1).all(1), 2.0**-23, scale)
     return FoldedWeight(
         q=(q - shift).to(torch.int8),
-        scale=torch.where(dead, 1.0, scale).to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny),
+        scale=scale.to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny),
         zero_point=zero,
         bias=_folded_bias(head, norm),
     )

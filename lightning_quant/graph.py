@@ -8,8 +8,9 @@ arguments and nested outputs are as the user wrote them, and nothing of the mode
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_quant.settings import is_kind
 
@@ -111,6 +113,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
 
 
 def split_example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -163,15 +168,18 @@ class _Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.names = {id(module): name for name, module in model.named_modules()}
         self.leaves = {id(module) for module in model.modules() if _is_leaf(module)}
-        self.producer: dict[int, int] = {}
+        self.producer: dict[int, tuple[int, int]] = {}  # id of a tensor -> its call, its version after that call
         self.overwritten: dict[int, int] = {}  # id of a tensor -> the module call that wrote over it
         self.side_effects: set[int] = set()
         self.alive: list[Tensor] = []  # a tensor freed during the forward could give its id to another one
         self.owners: list[str] = []
         self.inside_leaf = 0
+        self.inside_function = 0
         self.counts: Counter[str] = Counter()
 
-    def add(self, kind: str, name: str, op: str, read: Any, made: Any, passing: bool = False) -> None:
+    def add(
+        self, kind: str, name: str, op: str, read: Any, made: Any, passing: bool = False, reads: Sequence[int] | None = None
+    ) -> None:
         inputs, outputs = list(tensors_in(read)), list(tensors_in(made))
         if not outputs:
             return
@@ -180,20 +188,24 @@ class _Recorder(TorchFunctionMode):
             kind=kind,
             name=name,
             op=op,
-            reads=tuple(self.source(tensor) for tensor in inputs),
+            reads=tuple(map(self.source, inputs)) if reads is None else tuple(reads),
             dims=inputs[0].dim() if inputs else 0,
             passing=passing,
         )
         self.nodes.append(node)
         for tensor in outputs:
-            self.producer[id(tensor)] = node.index
+            self.producer[id(tensor)] = node.index, tensor._version
             self.alive.append(tensor)
 
-    def source(self, tensor: Tensor) -> int:
-        """The call that made what `tensor` holds now."""
+    def source(self, tensor: Tensor, written: bool = False) -> int:
+        """The call that made what `tensor` holds now; OUTSIDE if it was written to unseen, through a view or a script.
+
+        `written`: the call at hand has written to it already.
+        """
         if id(tensor) in self.overwritten:
             self.side_effects.add(self.overwritten[id(tensor)])
-        return self.producer.get(id(tensor), OUTSIDE)
+        index, version = self.producer.get(id(tensor), (OUTSIDE, 0))
+        return index if written or version == tensor._version else OUTSIDE
 
     def enter(self, module: nn.Module, _: Any) -> None:
         if id(module) in self.names:
@@ -210,19 +222,25 @@ class _Recorder(TorchFunctionMode):
             if self.inside_leaf == 1:
                 passing = any(is_kind(module, cls) for cls in _PASSING_MODULES)
                 came_in = isinstance(output, Tensor) and any(output is tensor for tensor in tensors_in((args, kwargs)))
-                self.add("module", self.names[id(module)], type(module).__name__, (args, kwargs), output, passing)
+                reads = [self.source(tensor, written=came_in) for tensor in tensors_in((args, kwargs))]
+                self.add("module", self.names[id(module)], type(module).__name__, (args, kwargs), output, passing, reads)
                 if came_in and not passing:
                     # An in-place ReLU: its result goes on as another object, so that it shows who uses the old one.
                     self.overwritten[id(output)] = len(self.nodes) - 1
                     output = output.view_as(output)
-                    self.producer[id(output)] = len(self.nodes) - 1
+                    self.producer[id(output)] = len(self.nodes) - 1, output._version
                     self.alive.append(output)
             self.inside_leaf -= 1
         return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        reads = [] if self.inside_leaf else [self.source(tensor) for tensor in tensors_in((args, kwargs))]
+        self.inside_function += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside_function -= 1
         if not self.inside_leaf:
             op = _plain_name(func)
             made = args[0] if op == "setitem" else result
@@ -235,7 +253,24 @@ class _Recorder(TorchFunctionMode):
                 if passing and op.startswith("dropout"):  # F.dropout drops unless it is told that training is over
                     with torch._C.DisableTorchFunction():
                         passing = torch.equal(result, args[0] if args else kwargs["input"])
-                self.add("function", name, op, (args, kwargs), made, passing)
+                self.add("function", name, op, (args, kwargs), made, passing, reads)
+        return result
+
+
+class _UnseenReads(TorchDispatchMode):
+    """Records operators that reach tensors past `__torch_function__`, as scripted functions do: they read, too."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder, kwargs = self.recorder, kwargs or {}
+        if recorder.inside_leaf or recorder.inside_function:
+            return func(*args, **kwargs)
+        reads = [recorder.source(tensor) for tensor in tensors_in((args, kwargs))]
+        result = func(*args, **kwargs)
+        recorder.add("function", str(func), str(func), (args, kwargs), result, False, reads)
         return result
 
 
@@ -252,8 +287,8 @@ def _plain_name(func: Any) -> str:
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no user hooks inside; flags, hooks, buffers, RNG and the attention fast path restored after."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode and without its hooks; flags, hooks, buffers, RNG and the attention fast path restored after."""
     modules = list(model.modules())
     training = [module.training for module in modules]
     hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
@@ -293,11 +328,11 @@ def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = No
     recorder = _Recorder(model)
     for position, tensor in enumerate(tensors_in((args, kwargs))):
         recorder.add("input", f"input_{position}", "input", (), tensor)
-    with _as_it_was(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         before = register_module_forward_pre_hook(recorder.enter)
         after = register_module_forward_hook(recorder.leave, with_kwargs=True, always_call=True)
         try:
-            with recorder:
+            with recorder, _UnseenReads(recorder), torch.compiler.set_stance("force_eager"):
                 output = (entry or model)(*args, **kwargs)
         finally:
             before.remove()

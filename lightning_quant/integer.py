@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import Grid, float32
+from lightning_quant.quantizers import Grid
 
 _LIBRARY = torch.library.Library("lightning_quant", "DEF")
 _LIBRARY.define("quantize(Tensor x, float scale, int zero_point, int low, int high) -> Tensor")
@@ -252,6 +252,11 @@ def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:
     return FoldedWeight(q=q, scale=scale, zero_point=folded.zero_point, bias=folded.bias)
 
 
+def _carried(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out` in the dtype that came in; float32 under autocast, because 8 bits of mantissa cannot hold 256 levels."""
+    return out if dtype == torch.float32 or torch.is_autocast_enabled(out.device.type) else out.to(dtype)
+
+
 class IntegerLayer(nn.Module):
     """A convolution or linear layer on integers: float tensor in, float tensor out, both on their grids.
 
@@ -262,7 +267,7 @@ class IntegerLayer(nn.Module):
         y: grid of the output; None for a float output (high-precision head).
         rectify: (low, high) of an activation on a float output, or None; on a grid the clamp does it.
 
-    Shapes: as `nn.Conv*d` and `nn.Linear`; any floating dtype in, the same dtype out.
+    Shapes: as `nn.Conv*d` and `nn.Linear`; any floating dtype in, the same dtype out (float32 under autocast).
     """
 
     weight: Tensor
@@ -319,7 +324,7 @@ class IntegerLayer(nn.Module):
             out = out.reshape(*lead, out.shape[-1])
         if unbatched:
             out = out.squeeze(0)
-        return out if dtype == torch.float32 else out.to(dtype)
+        return _carried(out, dtype)
 
     def _multiply(self, q: Tensor) -> Tensor:
         ops, g, y = torch.ops.lightning_quant, self.geometry, self.y
@@ -379,7 +384,7 @@ class PartlyIntegerLayer(nn.Module):
         dtype, w = x.dtype, self.weight
         if torch.is_autocast_enabled(x.device.type):  # validation must compute what is shipped, in float32
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
+                return self.forward(x.float())
         if self.scale is not None:
             w = ops.dequantize_weight(w, self.scale, self.zero_point)
         if self.x is not None:
@@ -396,13 +401,10 @@ class PartlyIntegerLayer(nn.Module):
         if self.y is not None:
             q = ops.quantize(out, self.y.scale, self.y.zero_point, self.y.clip_low, self.y.clip_high)
             out = ops.dequantize(q, self.y.scale, self.y.zero_point)
-        return out if dtype == torch.float32 else out.to(dtype)
+        return _carried(out, dtype)
 
     def extra_repr(self) -> str:
         """Kind, shape of the weight, which tensors are integers."""
         words = ["int8 weight" if self.weight_quantized else "float weight"]
         words += ["uint8 input"] * (self.x is not None) + ["uint8 output"] * (self.y is not None)
         return f"{self.geometry.kind}, {tuple(self.weight.shape)}, {', '.join(words)}, float arithmetic"
-
-
-__all__ = ["FoldedWeight", "Geometry", "IntegerLayer", "PartlyIntegerLayer", "float32"]

@@ -164,7 +164,7 @@ def _apply_rule(rule: Rule, modules: Mapping[str, nn.Module], drafts: dict[str, 
     for name in _select(rule, modules, problems):
         module = modules[name]
         base = registered_base(type(module))
-        if base is None or module._parameters.get(WEIGHT) is None:
+        if base is None or module._parameters.get(WEIGHT) is None or "forward" in vars(module):
             problems.append(f"{rule.where}: {_unfit(name, module)}")
             continue
         setting = setting_of(base)
@@ -185,6 +185,8 @@ def _apply_rule(rule: Rule, modules: Mapping[str, nn.Module], drafts: dict[str, 
 
 def _unfit(name: str, module: nn.Module) -> str:
     """Why a selected module cannot be quantized."""
+    if "forward" in vars(module):
+        return f"{name!r} has a forward of its own on the instance; what it computes is unknown. Leave it out."
     if registered_base(type(module)) is not None:
         return (
             f"the weight of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it permanent first "
@@ -243,6 +245,9 @@ def _group_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], sel
         return problem
     if group[0] not in selected:
         return f"{group[0]!r} heads the group, but this entry does not select it; add it to op_names."
+    patched = next((name for name, module in zip(group, members, strict=True) if "forward" in vars(module)), None)
+    if patched is not None:
+        return f"{patched!r} has a forward of its own on the instance; what it computes is unknown."
     norm = members[1]
     if isinstance(norm, BatchNorm):
         weight = members[0].weight
@@ -278,6 +283,8 @@ def _edge_problem(name: str, after: str, modules: Mapping[str, nn.Module], graph
             others = [repr(reader) for reader in readers if reader != after]
             others += ["the model's output"] * (call.index in graph.outputs)
             return f"the output of {name!r} is also read by {', '.join(others)}; fused, it would not exist."
+        if isinstance(modules[after], nn.BatchNorm1d) and isinstance(modules[name], nn.Conv1d) and follower.dims == 2:
+            return f"{after!r} normalises dimension 1 of an input without a batch dimension; give batches (N, C, L)."
         if isinstance(modules[after], nn.BatchNorm1d) and isinstance(modules[name], nn.Linear) and follower.dims != 2:
             return f"{after!r} normalises dimension 1 of a {follower.dims}-D input; it folds into a Linear only on 2-D."
     return None
@@ -448,6 +455,9 @@ def _layers(
         elif not calls:
             notes.append(f"{name} ({type(draft.module).__name__}) is not called in the recorded forward and stays float")
         else:
+            hooked = [n for n in (draft.group or (name,)) if modules[n]._forward_hooks or modules[n]._forward_pre_hooks]
+            if hooked:
+                draft.notes.append(f"hooks on {', '.join(hooked)} run while training and are not deployed")
             if len(calls) > 1:
                 draft.notes.append(f"called {len(calls)} times: one range for all")
             layers.append(_finish(draft, name, modules))

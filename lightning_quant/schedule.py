@@ -41,24 +41,34 @@ class Schedule:
     and `"80%"` say it in words, and None means never. A phase begins with the training step at its moment.
 
     Args:
-        observe_start: first step whose activations widen the ranges.
+        observe_start: first step whose activations move the ranges (a moving average, see `quantizers.py`).
         observe_stop: from here on the ranges stand still.
         quantize_start: from here on training quantizes; before it the observers run on the float model.
-        freeze_batch_norm: from here on batch norm normalises with its running statistics and does not move them;
-            its weight and bias go on training (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.4).
+        freeze_batch_norm: from here on the batch norms of fused groups normalise with their running statistics and do
+            not move them; their weights and biases go on training (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.4).
+            Never by default: it steadies a fine-tuning whose rate has decayed, and ruins a run whose rate has not.
+
+    Steps are Lightning's `global_step`: with several optimizers in manual optimization each of them counts; say such moments
+    as epochs.
 
     Raises:
-        ConfigError: for a moment that cannot be read.
+        ConfigError: for a moment that cannot be read, or an observer that stops before it starts.
     """
 
     observe_start: Moment = 0
     observe_stop: Moment = 0.9
     quantize_start: Moment = 0
-    freeze_batch_norm: Moment = 0.9
+    freeze_batch_norm: Moment = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             _check(getattr(self, field.name), field.name)
+        (kind, start), (other, stop) = _unit(self.observe_start), _unit(self.observe_stop)
+        if kind == other != "never" and 0 < stop <= start:
+            raise ConfigError(
+                f"schedule: observe_stop={self.observe_stop!r} comes no later than observe_start={self.observe_start!r}: "
+                "no range would ever be observed; let it stop later, or never (None)."
+            )
 
     @classmethod
     def make(cls, given: Schedule | Mapping[str, Any] | None) -> Schedule:

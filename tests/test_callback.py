@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_prepare import traces
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
 from toys import FUSED, Lit, Net, loader
 
-from lightning_quant import ConfigError, QuantFusionCallback, Schedule, load_deployed
+from lightning_quant import ConfigError, ParityError, QuantFusionCallback, Schedule, load_deployed
 from lightning_quant.prepare import fused_groups, quantizer_state
 
 TrainerMaker = Callable[..., Trainer]
@@ -155,6 +156,74 @@ def test_a_step_that_calls_a_submodule_is_recorded_there(quiet_trainer: TrainerM
     assert torch.equal(load_deployed(tmp_path / "model.pt2")(X), evaluate(model.net))
 
 
+class Distill(Lit):
+    """Calls a teacher before itself; the teacher must be neither recorded nor quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = Net()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return torch.nn.functional.mse_loss(self(batch[0]), target)
+
+
+def test_a_module_called_before_the_models_own_forward_is_not_taken_for_it(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, Distill(), callback)
+    assert callback.plan is not None
+    assert [layer.name for layer in callback.plan.layers] == ["conv1", "conv2", "fc"]
+    assert any("teacher.conv1 (Conv2d) is not called" in note for note in callback.plan.notes)
+
+
+def test_layers_left_float_because_the_recording_began_elsewhere_are_said(quiet_trainer: TrainerMaker) -> None:
+    class Two(Inner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = torch.nn.Linear(4, 4)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return torch.nn.functional.cross_entropy(self.other(self.net(batch[0])), batch[1])
+
+    with pytest.warns(UserWarning, match=r"other \(Linear\) is not called .*; recorded from 'net', .*give example_input"):
+        quiet_trainer(max_epochs=1, callbacks=[QuantFusionCallback(prefixed("net."), verbose=0)]).fit(Two(), loader())
+
+
+def test_the_trial_step_touches_no_metric_and_logs_nothing(quiet_trainer: TrainerMaker) -> None:
+    class Metered(Lit):
+        """Its forward is for inference only: the step calls a submodule, then a metric."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.meter, self.logged = Net(), MeanMetric(), 0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            self.meter(loss.detach())
+            self.logged += 1
+            return loss
+
+    counts: list[tuple[int, int]] = []
+
+    class Count(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            counts.append((pl_module.meter.update_count, pl_module.logged))  # type: ignore[union-attr,arg-type]
+
+    callback = QuantFusionCallback([{"op_names": ["net.conv1"]}], verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback, Count()]).fit(Metered(), loader(), loader(seed=1))
+    assert counts == [(0, 0)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at every tensor's .grad
+def test_a_compiled_net_trains_and_deploys(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Inner(), QuantFusionCallback(prefixed("net."), verbose=0)
+    model.net.compile(backend="eager")
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader())
+    assert callback.deployed_model is not None
+    assert torch.equal(evaluate(callback.deployed_model.get_submodule("net")), evaluate(model.net))
+
+
 def test_root_makes_names_relative(quiet_trainer: TrainerMaker) -> None:
     callback = QuantFusionCallback(FUSED, root="net", verbose=0)
     model = Inner()
@@ -231,6 +300,11 @@ def test_without_any_example_fusing_is_refused_with_the_reason(quiet_trainer: Tr
         ({"config_list": []}, "config_list: expected a non-empty list of dicts"),
         ({"source": "latest"}, "source: 'latest' is not one of best, last"),
         ({"export": ".tflite"}, r"export: unknown suffix '\.tflite'; known: \.onnx, \.pt2"),
+        ({"export": True}, "export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got True"),
+        (
+            {"export": {".pt2": {"opset": 13}}},
+            r"export\['\.pt2'\]: unknown option 'opset'; allowed: example_input, dynamic_batch, atol",
+        ),
         ({"schedule": {"freeze": 1}}, "schedule: unknown key 'freeze'.*Did you mean 'freeze_batch_norm'"),
         ({"schedule": 3}, "schedule: expected a Schedule, a dict of its fields or None, got 3"),
     ],
@@ -455,6 +529,113 @@ def test_fit_twice_goes_on_where_it_was(quiet_trainer: TrainerMaker) -> None:
     assert len(fused_groups(model)) == 3
 
 
+def test_a_second_fit_with_another_config_begins_anew(quiet_trainer: TrainerMaker) -> None:
+    model = Lit()
+    fit(quiet_trainer, model, QuantFusionCallback(FUSED, verbose=0))
+    callback = QuantFusionCallback([{"op_names": ["fc"]}], verbose=0)
+    fit(quiet_trainer, model, callback)
+    assert list(fused_groups(model)) == ["fc"]
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(model))
+
+
+def test_a_failed_second_fit_leaves_the_first_one_in_place(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, model, callback)
+    ranges, expected = quantizer_state(model), evaluate(model)
+    callback.config_list = [{"op_names": ["conv9"]}]
+    with pytest.raises(ConfigError, match="op_names 'conv9' matches no module"):
+        fit(quiet_trainer, model.train(), callback)
+    assert quantizer_state(model) == ranges
+    assert torch.equal(evaluate(model), expected)
+
+
+def test_a_failed_resume_leaves_a_float_model(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    fit(quiet_trainer, Lit(), QuantFusionCallback([{"op_names": ["fc"]}], verbose=0)).save_checkpoint(tmp_path / "other.ckpt")
+    model = Lit()
+    with pytest.raises(ConfigError, match="another config_list"):
+        fit(quiet_trainer, model, QuantFusionCallback(FUSED, verbose=0), 2, ckpt_path=tmp_path / "other.ckpt")
+    assert not fused_groups(model)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_best_checkpoint_of_another_fit_is_not_taken(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    class Worse(Scripted):
+        scores = (0.9, 0.8, 0.7)
+
+    callback, saver = QuantFusionCallback(FUSED, verbose=0), keeper(tmp_path)
+    options: dict[str, Any] = {"enable_checkpointing": True, "more": [saver], "num_sanity_val_steps": 0}
+    fit(quiet_trainer, Scripted(), callback, 3, **options)
+    other = Worse()
+    with pytest.warns(UserWarning, match="so the last weights are converted"):
+        fit(quiet_trainer, other, callback, 3, **{**options, "more": [saver]})
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(other))
+
+
+class LooksInside(Lit):
+    """Reads a fused layer's dtype: in the deployed copy that is int8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.get_submodule("conv1").weight.dtype))  # type: ignore[arg-type]
+
+
+def test_a_forward_that_looks_into_its_layers_is_found_out(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    with pytest.raises(ParityError, match=r"the converted model (gives other numbers|fails).*leave that layer out"):
+        fit(quiet_trainer, LooksInside(), callback)
+    assert callback.deployed_model is None
+
+
+def test_hooks_on_members_are_named_in_the_plan(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
+    model.get_submodule("relu1").register_forward_hook(lambda m, args, out: None)
+    fit(quiet_trainer, model, callback)
+    assert "hooks on relu1 run while training and are not deployed" in str(callback.plan)
+
+
+class Toggling(Lit):
+    """Manual optimization as Lightning's GAN example has it: the first thing a step does is to toggle an optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        self.toggle_optimizer(optimizer)  # type: ignore[arg-type]
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(loss)
+        optimizer.step()  # type: ignore[union-attr]
+        self.untoggle_optimizer(optimizer)  # type: ignore[arg-type]
+
+
+def test_manual_optimization_with_toggled_parameters(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Toggling(), QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, model, callback)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert callback.deployed_model is not None
+
+
+def test_a_stream_that_runs_once_loses_no_batch(quiet_trainer: TrainerMaker) -> None:
+    class Once(IterableDataset[tuple[Tensor, Tensor]]):
+        def __init__(self) -> None:
+            self.items = iter([(X[0], torch.tensor(1))] * 16)
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> tuple[Tensor, Tensor]:
+            return next(self.items)
+
+    phases = Phases()
+    callback = QuantFusionCallback([{"op_types": ["Linear"]}], schedule={"observe_stop": None}, verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback, phases]).fit(Lit(), DataLoader(Once(), batch_size=4), loader(seed=1))
+    assert len(phases.phases) == 4
+    assert "the training data is a stream that runs once" in str(callback.plan)
+
+
 def test_another_model_with_the_same_callback(quiet_trainer: TrainerMaker) -> None:
     callback = QuantFusionCallback(FUSED, verbose=0)
     fit(quiet_trainer, Lit(), callback)
@@ -486,8 +667,11 @@ def test_nothing_trained_is_nothing_converted_and_said(options: dict[str, Any], 
 @pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode at the start of training")
 def test_a_model_in_eval_mode_is_named(quiet_trainer: TrainerMaker) -> None:
     callback = QuantFusionCallback(FUSED, verbose=0)
-    with pytest.warns(UserWarning, match=r"no range was observed for conv1\._input_, .* \(in eval mode while training"):
-        fit(quiet_trainer, Lit().eval(), callback)
+    with (
+        pytest.warns(UserWarning, match=r"no range was observed for conv1\._input_, .* \(in eval mode while training"),
+        pytest.warns(UserWarning, match=r"a whole epoch gave conv1\._input_, .* no range.*put these layers in train mode"),
+    ):
+        fit(quiet_trainer, Lit().eval(), callback, 2)
     assert callback.deployed_model is None
 
 
@@ -547,6 +731,19 @@ def test_export_forms(export: Any, quiet_trainer: TrainerMaker, tmp_path: Path) 
     assert callback.deployed_model is not None
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.pt2"]
     assert torch.equal(load_deployed(tmp_path / "out" / "model.pt2")(X), callback.deployed_model(X))
+
+
+def test_a_trial_run_overwrites_no_file(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"a good one")
+    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, export=".pt2", verbose=0), fast_dev_run=True)
+    assert (tmp_path / "model.pt2").read_bytes() == b"a good one"
+
+
+def test_one_failed_format_does_not_take_the_others_along(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    export = {".onnx": {"atol": -1.0}, ".pt2": {}}
+    with pytest.raises(ParityError, match=r"model\.onnx: output 0 differs"):
+        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, export=export, verbose=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
 def test_export_goes_to_the_trainers_folder_by_default(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:

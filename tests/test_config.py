@@ -210,10 +210,25 @@ def test_an_entry_that_selects_nothing(entry: dict[str, Any]) -> None:
     assert error_of([entry]) == text
 
 
-@pytest.mark.parametrize("config_list", [None, [], (), {}, {"op_types": ["Linear"]}, "int8", 3], ids=repr)
+@pytest.mark.parametrize("config_list", [None, [], (), "int8", 3], ids=repr)
 def test_a_config_list_that_is_no_list_of_entries(config_list: Any) -> None:
     text = f"config_list: expected a non-empty list of dicts, got {config_list!r}; the shortest useful one is"
     assert error_of(config_list) == text + " [{'op_types': ['Linear']}]."
+
+
+@pytest.mark.parametrize("entry", [{"op_types": ["Linear"]}, {}], ids=str)
+def test_one_entry_without_its_list(entry: dict[str, Any]) -> None:
+    expected = f"config_list: expected a non-empty list of dicts, got {entry!r}; put it in a list: [{{...}}]."
+    assert error_of(entry) == expected
+
+
+def test_one_group_without_its_list() -> None:
+    text = error_of([{"op_names": ["conv"], "fuse_names": ("conv", "bn")}])
+    assert text == "config_list[0]['fuse_names']: expected a list of groups, got one group; write [('conv', 'bn')]."
+
+
+def test_asymmetric_is_called_affine() -> None:
+    assert error_of([{"op_names": ["conv"], "quant_scheme": "asymmetric"}]).endswith("Did you mean 'affine'?")
 
 
 # -- how errors are reported ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +21,7 @@ from test_mnist import optimized_ops, with_integer_outputs
 from torch import Tensor, nn
 from toys import FUSED
 
-from lightning_quant import ConfigError, ParityError, convert_model, export_model, load_deployed
+from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, load_deployed
 from lightning_quant import export as export_module
 from lightning_quant.export import onnxruntime_session
 
@@ -115,6 +115,64 @@ def test_a_trunk_called_twice(tmp_path: Path) -> None:
     assert np.abs(found - expected.numpy()).max() <= 1e-5
     weights = [t.name for t in onnx.load(tmp_path / "model.onnx").graph.initializer if t.data_type == onnx.TensorProto.INT8]
     assert len([name for name in weights if name.endswith("weight")]) == 2, "the file holds each weight once"
+
+
+@pytest.mark.parametrize("name", ["equal grids", "unequal grids", "called twice"])
+def test_neighbouring_grids_are_not_merged(name: str, tmp_path: Path) -> None:
+    """onnxruntime replaces Q-DQ-Q-DQ by one pair and rescales; between equal grids that is exact, and free."""
+    a, b, x = nn.Linear(6, 6), nn.Linear(6, 6), torch.randn(64, 6)
+    net = nn.Sequential(a, a, b) if name == "called twice" else nn.Sequential(a, b)
+    config: list[dict[str, Any]] = [{"op_types": ["Linear"]}]
+    if name == "unequal grids":
+        config.append({"op_names": ["1"], "target_names": ["_input_"], "quant_scheme": "symmetric", "quant_dtype": "int8"})
+    prepared(net, config, x).train()(x)
+    deployed = convert_model(net)
+    export_model(deployed, tmp_path / "model.onnx", example_input=x)
+    barriers = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "Max"]
+    assert bool(barriers) == (name != "equal grids")
+    with torch.no_grad():
+        assert (run_onnx(tmp_path / "model.onnx", x) - deployed(x)).abs().max() <= 1e-5
+
+
+class Sized(nn.Module):
+    """A second input of two numbers, which is no batch of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, size: Tensor) -> Tensor:
+        out: Tensor = self.fc(x) * size[0] + size[1]
+        return out
+
+
+def test_an_input_of_length_two_is_no_batch(tmp_path: Path) -> None:
+    net, pair = Sized(), (torch.randn(8, 6), torch.tensor([2.0, 3.0]))
+    prepared(net, [{"op_types": ["Linear"]}], pair).train()(*pair)
+    deployed = convert_model(net)
+    for suffix in (".onnx", ".pt2"):
+        export_model(deployed, tmp_path / f"model{suffix}", example_input=pair)
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in onnx.load(tmp_path / "model.onnx").graph.input}
+    assert shapes == {"x": [0, 6], "size": [2]}
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "model.pt2")(*pair), deployed(*pair))
+
+
+def test_small_outputs_are_compared_at_their_own_size(tmp_path: Path) -> None:
+    class Zero(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0 if torch.compiler.is_exporting() else x
+
+    with pytest.raises(ParityError, match="differs"):
+        export_model(Zero().eval(), tmp_path / "model.pt2", example_input=torch.full((4, 3), 1e-5))
+
+
+def test_equal_infinities_agree(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(x > 0, float("-inf"))
+
+    export_model(Masked().eval(), tmp_path / "model.pt2", example_input=torch.randn(4, 3))
 
 
 # -- forms of the example input -------------------------------------------------------------------------------------------
@@ -249,18 +307,63 @@ def test_a_forward_that_torch_cannot_export(tmp_path: Path) -> None:
         export_model(Branch().eval(), tmp_path / "model.pt2", example_input=X)
 
 
-def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def absent(name: str, *args: Any) -> Any:
-        if name.split(".", maxsplit=1)[0] == "onnxscript":
-            raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
-        return real(name, *args)
-
-    monkeypatch.setattr("lightning_quant.export.importlib.import_module", absent)
-    with pytest.raises(ConfigError, match=r"needs the package 'onnxscript'.*pip install 'lightning_quant\[onnx\]'"):
+def test_missing_packages_are_named_with_the_extra_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else real(name))
+    with pytest.raises(ConfigError, match=r"export: ONNX export needs onnxscript, .*pip install 'lightning_quant\[onnx\]'"):
+        QuantFusionCallback(FUSED, export=".onnx")
+    with pytest.raises(ConfigError, match=r"path '.*model\.onnx': ONNX export needs onnxscript"):
         export_model(convert_model(trained(FUSED)), tmp_path / "model.onnx", example_input=X)
     assert not list(tmp_path.iterdir())
+
+
+def test_onnxruntime_is_missing_when_a_session_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    with pytest.raises(ConfigError, match=r"needs the package 'onnxruntime'.*pip install 'lightning_quant\[onnx\]'"):
+        onnxruntime_session("model.onnx")
+
+
+def test_a_file_that_onnxruntime_cannot_run_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def garbage(program: Any, path: Path) -> None:
+        path.write_bytes(b"no protobuf")
+
+    monkeypatch.setitem(export_module._FORMATS, ".onnx", (garbage, export_module._run_onnx))
+    with pytest.raises(ParityError, match="onnxruntime cannot run the exported file, so it was not written"):
+        export_model(convert_model(trained(FUSED)), tmp_path / "model.onnx", example_input=X)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaded_program_is_always_in_eval_mode(tmp_path: Path) -> None:
+    program = load_deployed(export_model(convert_model(trained(FUSED)), tmp_path / "model.pt2", example_input=X))
+    assert program.eval() is program
+    assert not program.training
+    with pytest.raises(ConfigError, match="a loaded program cannot be trained"):
+        program.train()
+
+
+class Tied(nn.Module):
+    """Two layers, one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    net, x = Tied(), torch.randn(8, 6)
+    prepared(net, [{"op_types": ["Linear"]}], x).train()(x)
+    deployed = convert_model(net)
+    export_model(deployed, tmp_path / "model.onnx", example_input=x)
+    with torch.no_grad():
+        assert (run_onnx(tmp_path / "model.onnx", x) - deployed(x)).abs().max() <= 1e-5
 
 
 # -- coming back ------------------------------------------------------------------------------------------------------------

@@ -238,8 +238,63 @@ def test_a_dead_channel_is_its_beta() -> None:
     randomised(norm)
     folded = fold(layer, norm.eval(), TensorSpec.make("int8", "symmetric", "out_channel", weight=True))
     assert not folded.q[0].any()
-    assert folded.scale[0] == 1
     assert folded.bias[0].item() == pytest.approx(norm.bias[0].item())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [("int8", "symmetric"), ("int8", "affine"), ("uint8", "affine")], ids=str)
+@pytest.mark.parametrize("why", ["gamma", "pruned"])
+def test_a_deployed_dead_channel_is_its_bias_on_inputs_of_any_size(why: str, kind: tuple[str, Any]) -> None:
+    net, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), torch.rand(16, 1, 8, 8) * 255
+    with torch.no_grad():
+        if why == "gamma":
+            net.get_parameter("1.weight")[0] = 0.0
+        else:
+            net.get_parameter("0.weight")[0] = 0.0
+            net.get_parameter("0.bias")[0] = 0.0
+        net.get_parameter("1.bias")[0] = 0.4
+    targets = {"weight": dict(zip(("quant_dtype", "quant_scheme"), kind, strict=True))}
+    config = [{"op_names": ["0"], "fuse_names": [("0", "1")], "target_settings": targets}]
+    prepared(net, config, x).train()(x)
+    with torch.no_grad():
+        channel = convert_model(net)(x)[:, 0]
+    assert (channel - 0.4).abs().max() <= 0.02, "half a step of the output grid"
+
+
+def test_batch_norm_in_training_keeps_its_statistics_moving_while_its_convolution_is_in_eval() -> None:
+    net = prepared(Net(), FUSED, torch.randn(2, 3, 8, 8)).train()
+    net(torch.randn(16, 3, 8, 8))
+    net.eval()
+    net.get_submodule("bn1").train()
+    before = net.get_buffer("bn1.running_mean").clone()
+    with torch.no_grad():
+        net(torch.randn(16, 3, 8, 8) + 1)
+    assert not torch.equal(net.get_buffer("bn1.running_mean"), before)
+
+
+def test_an_optimizer_step_in_eval_mode_is_seen() -> None:
+    net = prepared(Net(), FUSED, torch.randn(2, 3, 8, 8)).train()
+    x = torch.randn(16, 3, 8, 8)
+    net(x)
+    net.eval()
+    with torch.no_grad():
+        net(x)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(net(x), convert_model(net)(x))
+
+
+def test_a_reset_of_the_statistics_gets_through_a_freeze() -> None:
+    """As Lightning's StochasticWeightAveraging does it: momentum None means a cumulative average."""
+    net = prepared(Net(), FUSED, torch.randn(2, 3, 8, 8), Phase(freeze_batch_norm=True)).train()
+    norm = net.get_submodule("bn1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.momentum = None
+    norm.reset_running_stats()
+    net(torch.randn(16, 3, 8, 8) + 1)
+    assert norm.running_mean is not None
+    assert norm.running_mean.abs().max() > 0
 
 
 # -- hooks, modes, copies ---------------------------------------------------------------------------------------------------
@@ -359,6 +414,72 @@ class SideEffect(nn.Module):
 def test_an_in_place_activation_used_for_its_side_effect_is_refused() -> None:
     with pytest.raises(ConfigError, match="'relu' works in place and its input is used afterwards"):
         make_plan(SideEffect(), [{"op_names": ["conv"], "fuse_names": [("conv", "relu")]}], example_input=torch.randn(2, 3, 8, 8))
+
+
+class Writes(nn.Module):
+    """Something happens to the first layer's output between the layers, unseen by the names of tensors."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.how, self.one, self.relu, self.two = how, nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.one(x))
+        self.how(y)
+        out: Tensor = self.two(y)
+        return out
+
+
+@pytest.mark.parametrize("how", [lambda y: y[:, :2].mul_(8), lambda y: y.view(-1).mul_(8), lambda y: y.flatten(1).add_(5)])
+def test_a_tensor_that_was_written_through_a_view_shares_no_grid(how: Any) -> None:
+    net, x = Writes(how), torch.randn(16, 3, 8, 8)
+    plan = make_plan(net, [{"op_types": ["Conv2d"], "fuse_names": [("one", "relu")]}], example_input=x)
+    assert [layer.targets["_input_"].source for layer in plan.layers] == [None, None]
+    twin = copy.deepcopy(net)
+    prepare_model(net, plan).train()(x)
+    with torch.no_grad():
+        found, expected = net.eval()(x), twin(x)
+    assert (found - expected).std() <= 0.05 * expected.std()
+
+
+def mean_of(x: Tensor) -> Tensor:
+    return x.mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_scripted_reader_is_seen() -> None:
+    """torch deprecates scripting, but nets that people have use it."""
+    scripted_mean = torch.jit.script(mean_of)
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            out: Tensor = self.relu(y) + scripted_mean(y)
+            return out
+
+    with pytest.raises(ConfigError, match="the output of 'conv' is also read by"):
+        make_plan(Reads(), [{"op_names": ["conv"], "fuse_names": [("conv", "relu")]}], example_input=torch.randn(2, 3, 8, 8))
+
+
+def test_unbatched_sequences_do_not_fold() -> None:
+    net = nn.Sequential(nn.Conv1d(3, 6, 3, padding=1), nn.BatchNorm1d(6))
+    with pytest.raises(ConfigError, match="normalises dimension 1 of an input without a batch dimension"):
+        make_plan(net, [{"op_names": ["0"], "fuse_names": [("0", "1")]}], example_input=torch.randn(3, 6))
+
+
+def test_a_forward_on_the_instance_is_refused() -> None:
+    net = Net()
+    net.relu1.forward = lambda x: x
+    with pytest.raises(ConfigError, match="'relu1' has a forward of its own on the instance"):
+        make_plan(net, FUSED, example_input=torch.randn(2, 3, 8, 8))
+    net = Net()
+    net.fc.__dict__["forward"] = lambda x: x
+    with pytest.raises(ConfigError, match="'fc' has a forward of its own on the instance"):
+        make_plan(net, FUSED, example_input=torch.randn(2, 3, 8, 8))
 
 
 def test_a_subclass_keeps_its_class_in_the_family() -> None:

@@ -125,6 +125,7 @@ CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Padding]] = {
     "2d uneven padding": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 0)), (2, 3, 7, 6), [(2, 2), (0, 0)]),
     "2d kernel": (lambda: nn.Conv2d(3, 4, (1, 4), padding=(0, 1)), (2, 3, 7, 6), [(0, 0), (1, 1)]),
     "2d same": (lambda: nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 7, 6), [(1, 1), (1, 1)]),
+    "2d same uneven": (lambda: nn.Conv2d(3, 4, (3, 5), padding="same"), (2, 3, 7, 6), [(1, 1), (2, 2)]),
     "2d same even": (lambda: nn.Conv2d(3, 4, (2, 4), padding="same"), (2, 3, 7, 6), [(0, 1), (1, 2)]),
     "2d same dilated": (
         lambda: nn.Conv2d(3, 4, (2, 3), padding="same", dilation=(3, 2)), (2, 3, 7, 6), [(1, 2), (2, 2)],
@@ -413,6 +414,19 @@ def test_autocast_changes_nothing(layers: list[tuple[IntegerLayer, Tensor]]) -> 
             assert torch.is_autocast_enabled("cpu")
         assert mixed.dtype == torch.float32
         assert torch.equal(mixed, plain)
+
+
+@pytest.mark.parametrize("partly", [False, True], ids=["integer", "partly integer"])
+@pytest.mark.parametrize("y", [Y, None], ids=["grid", "float"])
+def test_under_autocast_the_output_is_float32_whatever_comes_in(partly: bool, y: Grid | None) -> None:
+    """bfloat16 has 8 bits of mantissa: it cannot hold 256 levels."""
+    folded, geometry = random_weight((6, 7)), Geometry.of(nn.Linear(7, 6))
+    made = PartlyIntegerLayer(folded, geometry, None, y, None) if partly else IntegerLayer(folded, geometry, X, y)
+    x = torch.randn(50, 7).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = made(x)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, made(x.float()))
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

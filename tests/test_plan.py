@@ -317,6 +317,20 @@ def test_a_subclass_with_its_own_forward_is_refused(entry: dict[str, Any]) -> No
     assert error_of(subclasses(), [entry]) == text + REGISTERED
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("conv1", "'conv1' has a forward of its own on the instance; what it computes is unknown. Leave it out."),
+        ("relu1", "fuse_names {group!r}: 'relu1' has a forward of its own on the instance; what it computes is unknown."),
+    ],
+)
+def test_a_module_whose_instance_was_given_a_forward_is_refused(name: str, text: str) -> None:
+    model = Net()
+    model.get_submodule(name).forward = lambda x: x * 2
+    expected = "config_list[0]: " + text.format(group=BLOCKS[0])
+    assert expected in error_of(model, [{"op_names": ["conv1"], "fuse_names": [BLOCKS[0]]}])
+
+
 PRESENT = "BatchNorm2d (2), Conv2d (2), Dropout (1), Linear (3), MaxPool2d (1), ReLU (1), ReLU6 (1)"
 LATER = "Layers built later are not visible before on_fit_start."
 
@@ -596,6 +610,15 @@ def test_linear_and_batch_norm_on_sequences() -> None:
     """BatchNorm1d normalises dimension 1; a Linear makes the last. Features agree here only by chance."""
     reason = "'bn' normalises dimension 1 of a 3-D input; it folds into a Linear only on 2-D."
     assert fuse_error(lambda m, x: m.bn(m.fc(x)), ("fc", "bn"), torch.ones(2, 4, 4), **parts()) == reason
+
+
+def test_convolution_and_batch_norm_without_a_batch() -> None:
+    """BatchNorm1d takes the channels of a bare (C, L) for a batch. Channels and length agree here only by chance."""
+    model = Calls(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv1d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    config = [{"op_types": ["Conv1d"], "fuse_names": [("conv", "bn")]}]
+    reason = "'bn' normalises dimension 1 of an input without a batch dimension; give batches (N, C, L)."
+    assert error_of(model, config, torch.ones(3, 4)) == f"fuse_names ('conv', 'bn'): {reason}"
+    assert make_plan(model, config, example_input=torch.ones(2, 3, 4)).layers[0].members == ("bn",)
 
 
 @pytest.mark.parametrize(

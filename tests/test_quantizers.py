@@ -561,11 +561,12 @@ def test_integers_of_a_weight_are_whole_and_inside_the_grid(dtype: str, scheme: 
 
 
 @pytest.mark.parametrize("scheme", ["affine", "symmetric"])
-@pytest.mark.parametrize("fill", [0.0, 1e-45, 1e-38])
+@pytest.mark.parametrize("fill", [0.0, 1e-45, 2e-43, 1e-38])
 def test_a_channel_of_nothing_is_finite(scheme: Scheme, fill: float) -> None:
     w = torch.stack([torch.full((3,), fill), torch.ones(3)])
     grid = weight_grid(w, weight("int8", scheme, "out_channel"))
     assert bool((grid.scale > 0).all())
+    assert float((w / grid.scale).abs().max()) < 254.5
     y = fake_quantize_weight(w, weight("int8", scheme, "out_channel"))
     assert bool(y.isfinite().all())
     assert float(y[0].abs().max()) <= 2e-38

@@ -85,19 +85,24 @@ PHASES = [
     # schedule, step, observe, quantize, freeze_batch_norm
     ("defaults", Schedule(), 0, True, True, False),
     ("defaults", Schedule(), 89, True, True, False),
-    ("defaults", Schedule(), 90, False, True, True),
+    ("defaults", Schedule(), 90, False, True, False),
     ("late observer", Schedule(observe_start=10), 9, False, True, False),
     ("late observer", Schedule(observe_start=10), 10, True, True, False),
     ("early stop", Schedule(observe_stop=10), 9, True, True, False),
     ("early stop", Schedule(observe_stop=10), 10, False, True, False),
-    ("endless observer", Schedule(observe_stop=None), 99, True, True, True),
+    ("endless observer", Schedule(observe_stop=None), 99, True, True, False),
     ("late quantization", Schedule(quantize_start=50), 49, True, False, False),
     ("late quantization", Schedule(quantize_start=50), 50, True, True, False),
-    ("free batch norm", Schedule(freeze_batch_norm=None), 99, False, True, False),
+    ("late batch norm", Schedule(freeze_batch_norm=0.9), 90, False, True, True),
     ("frozen at once", Schedule(freeze_batch_norm=0), 0, True, True, True),
-    ("stop before start", Schedule(observe_start=20, observe_stop=10), 15, False, True, False),
-    ("stop before start", Schedule(observe_start=20, observe_stop=10), 25, False, True, False),
+    ("ranges of an earlier fit", Schedule(observe_stop=0), 0, False, True, False),
 ]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(20, 10), (10, 10), (0.5, "20%"), ("epoch 3", "epoch 2")], ids=str)
+def test_an_observer_that_stops_before_it_starts_is_refused(start: Any, stop: Any) -> None:
+    with pytest.raises(ConfigError, match="no range would ever be observed; let it stop later, or never"):
+        Schedule(observe_start=start, observe_stop=stop)
 
 
 @pytest.mark.parametrize(

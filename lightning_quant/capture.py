@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns finding what a model is called with: an aborted training step on a first batch shows it, and leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import Metric
+
+
+def find_example(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, scope: nn.Module, example_input: Any
+) -> tuple[nn.Module, Any] | str:
+    """(module, what it is called with) for the recorded forward, or why there is none.
+
+    In this order: `example_input`, which is for `scope`; `example_input_array`; a first batch of the training data, as
+    `training_step` hands it to `scope`, or, where `scope` is the LightningModule and is not called, to the first module.
+    """
+    if example_input is not None:
+        return scope, trainer.precision_plugin.convert_input(example_input)
+    array = pl_module.example_input_array
+    if array is None:
+        trainer.fit_loop.setup_data()
+    with _trial(pl_module):
+        if array is not None:
+            array = trainer.precision_plugin.convert_input(array)
+            if scope is pl_module:
+                return scope, array
+            args, kwargs = ((), array) if isinstance(array, dict) else (array if isinstance(array, tuple) else (array,), {})
+            args, kwargs = trainer.strategy.batch_to_device((args, kwargs))
+            return _captured(scope, lambda: pl_module(*args, **kwargs))
+        try:
+            batch = _first_batch(trainer, pl_module)
+            others = [module for module in pl_module.modules() if module is not pl_module] if scope is pl_module else []
+            return _captured(scope, lambda: _training_step(pl_module, batch), others, wait=_has_forward(pl_module))
+        except _NoBatchError as reason:
+            return str(reason)
+
+
+@contextlib.contextmanager
+def _trial(pl_module: pl.LightningModule) -> Iterator[None]:
+    """No gradients, no logging; random state, buffers, metrics and `requires_grad` flags as they were afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in pl_module.parameters()]
+    toggled = dict(getattr(pl_module, "_param_requires_grad_state", {}))  # Lightning's toggle_optimizer keeps notes there
+    buffers = [(buffer, buffer.detach().clone()) for buffer in pl_module.buffers()]
+    metrics = [(m, m.update_count) for m in pl_module.modules() if isinstance(m, Metric)]
+    with isolate_rng():
+        try:
+            pl_module.__dict__["log"] = pl_module.__dict__["log_dict"] = lambda *_, **__: None
+            with torch.no_grad():
+                yield
+        finally:
+            del pl_module.__dict__["log"], pl_module.__dict__["log_dict"]
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            pl_module._param_requires_grad_state = toggled
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+            for metric, count in metrics:
+                if metric.update_count != count:
+                    metric.reset()
+
+
+class _NoBatchError(Exception):
+    """Why no batch of the training data can be had."""
+
+
+class _Reached(BaseException):
+    """Carries the arguments out of an aborted training step; no `except Exception` of the user's may stop it."""
+
+    def __init__(self, call: tuple[nn.Module, Any]) -> None:
+        self.call = call
+
+
+def _has_forward(pl_module: pl.LightningModule) -> bool:
+    """Whether waiting for the LightningModule's own forward makes sense, and is harmless: no optimizer steps on the way."""
+    return type(pl_module).forward is not pl.LightningModule.forward and pl_module.automatic_optimization
+
+
+def _captured(
+    root: nn.Module, run: Callable[[], Any], others: Sequence[nn.Module] = (), *, wait: bool = True
+) -> tuple[nn.Module, Any] | str:
+    """(module, arguments) of the call of `root` in `run`, which is aborted there; or why there was none.
+
+    Without such a call, the first call of one of `others` is what counts. With `wait` one of them may run before `root` (a
+    teacher); the second one, or a failure, ends the waiting: it is a loss, a metric or a logger that must not be touched.
+    """
+    first: list[tuple[nn.Module, Any]] = []
+    inside = 0
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal inside
+        call = (module, (tuple(args), dict(kwargs)))
+        if module is root:
+            raise _Reached(call)
+        if not inside and (first or not wait):
+            raise _Reached(first[0] if first else call)
+        first.append(call)
+        inside += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside -= 1
+
+    handles = [m.register_forward_pre_hook(enter, prepend=True, with_kwargs=True) for m in (root, *others)]
+    handles += [m.register_forward_hook(leave, always_call=True) for m in others]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            run()
+    except _Reached as reached:
+        return reached.call
+    except Exception as error:  # noqa: BLE001  (a user's step may raise anything; the plan says what)
+        return first[0] if first else f"a trial training step failed: {error}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first[0] if first else "a trial training step called no module"
+
+
+def _training_step(pl_module: pl.LightningModule, batch: Any) -> None:
+    names = list(inspect.signature(pl_module.training_step).parameters)
+    if "dataloader_iter" in names:
+        raise _NoBatchError("training_step takes a dataloader_iter")
+    pl_module.training_step(*((batch, 0) if len(names) > 1 else (batch,)))
+
+
+def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """A first batch of the training data, on the device, with the loaders' own iterators left untouched."""
+    loaders = trainer.train_dataloader
+    if loaders is None:
+        raise _NoBatchError("there is no training data")
+    batch = trainer.precision_plugin.convert_input(_sample(loaders))
+    batch = pl_module._on_before_batch_transfer(batch)  # the hook of the data module or the module, as Lightning chooses
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _sample(loaders: Any) -> Any:
+    """One batch with the structure of the loaders."""
+    if isinstance(loaders, Mapping):
+        return {key: _sample(loader) for key, loader in loaders.items()}
+    if isinstance(loaders, list | tuple):
+        return type(loaders)(_sample(loader) for loader in loaders)
+    if not isinstance(loaders, DataLoader):
+        return next(_restartable(loaders))
+    generators = [g for g in (loaders.generator, getattr(loaders.sampler, "generator", None)) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        if isinstance(loaders.dataset, IterableDataset) or loaders.batch_sampler is None:
+            if loaders.persistent_workers:
+                raise _NoBatchError("an iterable dataset with persistent workers has one iterator only")
+            _restartable(loaders.dataset)
+            return next(iter(loaders))
+        # Not through the loader: that would start workers, or move a persistent iterator that training is to read.
+        indices = next(iter(loaders.batch_sampler))
+        return loaders.collate_fn([loaders.dataset[index] for index in indices])
+    except StopIteration:
+        raise _NoBatchError("the training data is empty") from None
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _restartable(source: Any) -> Iterator[Any]:
+    """An iterator over a source that can be iterated again; a stream that runs once would lose what is taken here."""
+    if isinstance(source, IterableDataset | Iterator) or not hasattr(source, "__len__"):
+        iterator: Iterator[Any] = iter(source)
+        if iterator is source:
+            raise _NoBatchError("the training data is a stream that runs once")
+        return iterator
+    return iter(source)
