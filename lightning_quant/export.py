@@ -140,7 +140,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def _tidy(graph: Any) -> None:
-    """Drop the build machine's stack traces, and give every DequantizeLinear a zero point of its own.
+    """Drop the build machine's stack traces, keep neighbouring grids apart, give every weight a zero point of its own.
 
     The exporter merges equal constants; onnxruntime's exact-sums pass rewrites each layer's zero point in place and fails
     on one that two layers share.

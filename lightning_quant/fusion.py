@@ -182,12 +182,9 @@ class FusedGroup:
     def finish(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """The group's result from the tensor that reaches its end (before the activation), or None if `member` is not
         the end or the end stays float: then the member's own forward is what counts."""
-        if self.output is None or member is not self.members[-1]:
+        behind = self.members
+        if self.output is None or (behind and member is not behind[-1]):
             return None
-        return self._round_output(x)
-
-    def _round_output(self, x: Tensor) -> Tensor | None:
-        assert self.output is not None
         if self.observing:
             self.output.observe(x)
         return self.output(x) if self.phase.quantize and self.output.ready else None
@@ -259,9 +256,7 @@ class _Head(_Member):
                 y = super().forward(x)
             finally:
                 del self.__dict__["weight"]
-        if group.members or group.output is None:
-            return y
-        rounded = group._round_output(y)
+        rounded = group.finish(self, y)
         return y if rounded is None else rounded
 
 

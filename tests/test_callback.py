@@ -587,6 +587,26 @@ def test_a_forward_that_looks_into_its_layers_is_found_out(quiet_trainer: Traine
     assert callback.deployed_model is None
 
 
+def test_a_forward_that_needs_its_trainer_is_converted_unchecked(quiet_trainer: TrainerMaker) -> None:
+    class NeedsTrainer(Lit):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * self.trainer.current_epoch
+
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    with pytest.warns(UserWarning, match="the conversion was not checked: a copy of the trained model fails outside the Trainer"):
+        fit(quiet_trainer, NeedsTrainer(), callback)
+    assert callback.deployed_model is not None
+
+
+def test_two_failed_formats_are_both_said(quiet_trainer: TrainerMaker) -> None:
+    export = {".onnx": {"atol": -1.0}, ".pt2": {"atol": -1.0}}
+    with (
+        pytest.raises(ParityError, match=r"model\.onnx: output 0 differs"),
+        pytest.warns(UserWarning, match=r"model\.pt2: output 0 differs"),
+    ):
+        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, export=export, verbose=0))
+
+
 def test_hooks_on_members_are_named_in_the_plan(quiet_trainer: TrainerMaker) -> None:
     model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
     model.get_submodule("relu1").register_forward_hook(lambda m, args, out: None)

@@ -144,7 +144,9 @@ def test_program_equals_deployed_on_every_image(run: Run) -> None:
 def with_integer_outputs(path: Path, target: Path) -> list[str]:
     """Write a copy of an ONNX file that also returns every quantized tensor; returns their names, in order."""
     model = onnx.load(path)
-    names = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
+    made = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    names = [clipped.get(name, name) for name in made]  # where saturation is not the clamp, the Clip behind it is
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
     onnx.save(model, target)
     return names
