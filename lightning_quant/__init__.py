@@ -11,11 +11,17 @@ from lightning_quant.plan import make_plan as make_plan
 from lightning_quant.prepare import prepare_model as prepare_model
 from lightning_quant.prepare import restore_model as restore_model
 from lightning_quant.schedule import Schedule as Schedule
+from lightning_quant.settings import DistillationSetting as DistillationSetting
+from lightning_quant.settings import PruningSetting as PruningSetting
+from lightning_quant.settings import QuantizationSetting as QuantizationSetting
 
 __all__ = [
     "ConfigError",
+    "DistillationSetting",
     "ParityError",
+    "PruningSetting",
     "QuantFusionCallback",
+    "QuantizationSetting",
     "Schedule",
     "convert_model",
     "export_model",

@@ -20,21 +20,23 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_quant.capture import find_example
-from lightning_quant.config import ConfigError, parse_rules
+from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, unobserved
 from lightning_quant.export import OPTIONS, ParityError, check_format, export_model
-from lightning_quant.graph import Graph, copied, moved, split_example, tensors_in, undisturbed
-from lightning_quant.plan import Plan, plan_from_graph, record_forward, scope_of
+from lightning_quant.graph import Graph, copied, moved, split_example, undisturbed
+from lightning_quant.plan import Plan, parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
     drop_deployed_layers,
-    fused_groups,
     load_quantizer_state,
     prepare_model,
+    prepared_groups,
     quantizer_state,
     restore_model,
 )
 from lightning_quant.schedule import Clock, Phase, Schedule
+from lightning_quant.sources import ConfigFile, read_config
+from lightning_quant.targets import tensors_in
 
 _FLOAT = Phase(observe=False, quantize=False)
 
@@ -50,7 +52,11 @@ class QuantFusionCallback(Callback):
 
     Args:
         config_list: a list of dicts with the keys `op_names`, `op_types`, `target_names`, `quant_dtype`, `quant_scheme`,
-            `granularity`, `fuse_names` and `target_settings`; the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`.
+            `granularity`, `fuse_names` and `target_settings`; the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`. Or one
+            such dict, a preset's name ("int8", also as an entry of the list), or the path of a YAML or JSON file that holds
+            any of these; under LightningCLI a path is relative to the YAML file that names it.
+        settings: settings of module types (class name or dotted path -> target -> keys), for this callback only: a dict or a
+            YAML or JSON path; see `QuantizationSetting`.
         schedule: a `Schedule`, a dict of its fields, or None for its defaults.
         root: name of the submodule that the names in `config_list` are relative to; None for the LightningModule.
         example_input: what the root's forward is called with (a tensor, a tuple of positional arguments, a dict of keyword
@@ -83,21 +89,24 @@ class QuantFusionCallback(Callback):
 
     def __init__(
         self,
-        config_list: Sequence[Mapping[str, Any]],
+        config_list: Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | ConfigFile | os.PathLike[str] | str,
         *,
+        settings: Mapping[str, Any] | ConfigFile | os.PathLike[str] | str | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
         root: str | None = None,
         example_input: Any = None,
         source: Literal["best", "last"] = "best",
-        export: str | Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+        export: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         verbose: int = 1,
     ) -> None:
         super().__init__()
-        parse_rules(config_list)
+        self.config_list = read_config(config_list, presets=PRESETS)
+        self.settings = None if settings is None else read_config(settings, presets=(), name="settings")
+        parse_rules(self.config_list)
+        parse_settings(self.settings)
         if source not in ("best", "last"):
             raise ConfigError(f"source: {source!r} is not one of best, last.")
-        self.config_list = _plain(config_list)
         self.schedule = Schedule.make(schedule)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = _export_options(export), dirpath, verbose
@@ -122,12 +131,12 @@ class QuantFusionCallback(Callback):
                 f"{type(self).__name__}: {trainer.world_size} processes would each have ranges of their own; merging them is not "
                 "built yet. Use Trainer(devices=1, num_nodes=1)."
             )
-        self._module, self._pending = (pl_module if fused_groups(pl_module) else None), None
+        self._module, self._pending = (pl_module if prepared_groups(pl_module) else None), None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
-        again = bool(fused_groups(pl_module))
+        again = bool(prepared_groups(pl_module))
         state, before = (self._state(pl_module), self.plan) if again else (self._pending, None)
         restore_model(pl_module)
         try:
@@ -168,7 +177,7 @@ class QuantFusionCallback(Callback):
             self._entry = next(name for name, module in pl_module.named_modules() if module is entry)
             with trainer.precision_plugin.forward_context():
                 graph = record_forward(scope, self._example, entry)
-        plan = plan_from_graph(pl_module, self.config_list, graph, root=self.root, no_graph_because=why)
+        plan = plan_from_graph(pl_module, self.config_list, graph, settings=self.settings, root=self.root, no_graph_because=why)
         if graph is not None and self._entry != (self.root or ""):
             note = (
                 f"recorded from {self._entry!r}, the first module that training_step calls; give example_input to record another"
@@ -234,7 +243,7 @@ class QuantFusionCallback(Callback):
 
     def _begin_evaluation(self, pl_module: pl.LightningModule, stage: str) -> None:
         drop_deployed_layers(pl_module)
-        if self._pending is not None and not fused_groups(pl_module):
+        if self._pending is not None and not prepared_groups(pl_module):
             rank_zero_warn(
                 f"{type(self).__name__}: this model was never fitted here, so {stage} shows the float model; the checkpoint's "
                 "ranges are applied when fit starts."
@@ -326,7 +335,7 @@ class QuantFusionCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Ranges by target name, the phase and the config_list."""
+        """Ranges by target name, the phase, the config_list and settings as they were read."""
         if self._module is None:
             return dict(self._pending or {})
         return self._state(self._module)
@@ -336,6 +345,7 @@ class QuantFusionCallback(Callback):
             "version": 1,
             "run": self._run,
             "config_list": copy.deepcopy(self.config_list),
+            "settings": copy.deepcopy(self.settings),
             "phase": dict(vars(self._phase)),
             "quantizers": quantizer_state(pl_module),
         }
@@ -390,15 +400,6 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 # -- the constructor's arguments ----------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    """Nested mappings and sequences as dicts and lists: what a checkpoint and YAML hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _export_options(export: Any) -> dict[str, dict[str, Any]]:

@@ -8,22 +8,23 @@ import copy
 from torch import nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.fusion import deployed_layer
-from lightning_quant.prepare import fused_groups
+from lightning_quant.prepare import prepared_groups
+from lightning_quant.wrapped import QuantizedModule
 
 
 def convert_model(model: nn.Module) -> nn.Module:
     """A deployed copy of a prepared model: same class and call, fused groups replaced by folded integer layers.
 
     In the copy the head of every group is an `IntegerLayer` (int8 weight, int32 bias; float arithmetic on int8 weights
-    where a grid is missing), batch norms and activations of groups are `nn.Identity`, and everything runs in eval mode on
-    the device the model is on. Hooks on members of groups are not copied (the plan names them). The result equals the
+    where a grid is missing), batch norms and activations of groups are `nn.Identity`, any other quantized module is a
+    `QuantizedModule` (integer parameters around its own forward), and everything runs in eval mode on the device the model
+    is on. Hooks on members of groups are not copied (the plan names them). The result equals the
     prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers.
 
     Raises:
         ConfigError: if the model is not prepared, or a range was never observed (the layer is named).
     """
-    if not fused_groups(model):
+    if not prepared_groups(model):
         raise ConfigError(
             f"{type(model).__name__} is not prepared; call prepare_model(model, plan) and train or calibrate it first."
         )
@@ -36,29 +37,24 @@ def convert_model(model: nn.Module) -> nn.Module:
     deployed = copy.deepcopy(model)
     for module in deployed.modules():
         module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
-    for name, (head, group) in fused_groups(deployed).items():
-        layer = deployed_layer(head, group)
+    for head, group in prepared_groups(deployed).values():
+        layer = group.deploy(head)
         for member in group.members:
-            _replace(deployed, _name_of(deployed, member), nn.Identity())
-        _replace(deployed, name, layer)
+            _replace(deployed, member, nn.Identity())
+        _replace(deployed, head, layer)
+        if isinstance(layer, QuantizedModule):
+            layer.take_over()
     return deployed.eval()
 
 
 def unobserved(model: nn.Module) -> list[str]:
     """The quantizers of a prepared model that have no range yet, by target name ('conv1._output_')."""
-    groups = (group for _, group in fused_groups(model).values())
-    quantizers = (q for group in groups for q in (group.input, group.output) if q is not None)
+    quantizers = (quantizer for _, group in prepared_groups(model).values() for quantizer in group.quantizers)
     return list(dict.fromkeys(q.name for q in quantizers if not q.ready))
 
 
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    name: str = next(name for name, module in model.named_modules() if module is wanted)
-    return name
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` wherever the module called `name` is registered, under all its names."""
-    old = model.get_submodule(name)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is registered, under all its names."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is old:

@@ -22,9 +22,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-import lightning_quant.integer  # noqa: F401  (registers the operators that saved programs call)
+import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
-from lightning_quant.graph import copied, moved, on_tensors, split_example, tensors_in
+from lightning_quant.graph import copied, moved, split_example
+from lightning_quant.targets import on_tensors, tensors_in
 
 OPSET = 21
 # onnxruntime's int8 kernels for CPUs without VNNI add pairs of products in 16 bits and saturate; this option has them add
@@ -153,6 +154,12 @@ def _tidy(graph: Any) -> None:
             barrier = ir.node("Max", [node.inputs[0]])
             graph.insert_before(node, barrier)
             node.replace_input_with(0, barrier.outputs[0])
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer() and _is_float_factor(node.outputs[0]):
+            users = list(node.outputs[0].uses())
+            barrier = ir.node("Max", [node.outputs[0]])
+            graph.insert_after(node, barrier)
+            for user, slot in users:
+                user.replace_input_with(slot, barrier.outputs[0])
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
@@ -166,6 +173,24 @@ def _tidy(graph: Any) -> None:
             graph.register_initializer(own)
             node.replace_input_with(2, own)
         taken.add(zero.name)
+
+
+_MOVES = ("Concat", "Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def _is_float_factor(value: Any) -> bool:
+    """Whether a dequantized parameter is multiplied in float arithmetic; onnxruntime would fuse the two.
+
+    It would round the other factor to 8 bits (MatMulNBits), or take scales along any dimension for scales of columns. The
+    Gemm of an integer layer, known by its int32 bias, is what it shall fuse.
+    """
+    for user, _ in value.uses():
+        if user.op_type in ("MatMul", "Gemm"):
+            bias = user.inputs[2].producer() if len(user.inputs) > 2 else None
+            return bias is None or bias.op_type != "DequantizeLinear"
+        if user.op_type in _MOVES and any(map(_is_float_factor, user.outputs)):
+            return True
+    return False
 
 
 def _from_another_grid(quantize: Any) -> bool:
@@ -208,14 +233,37 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return constant(np.zeros(tuple(scale.shape)), dtype)
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
-        q = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero_point, np.uint8))
-        return q if (low, high) == (0, 255) else op.Clip(q, constant(low, np.uint8), constant(high, np.uint8))
+        dtype = np.uint8 if high <= 255 else np.uint16
+        if dtype == np.uint16 and (low, high) != (0, 65535):
+            # onnxruntime has no Clip of uint16; before the division it is as exact: (n s) / s rounds to n.
+            ends = ((end - zero_point) * np.float32(scale) for end in (low, high))
+            x = op.Clip(x, *(constant(end, np.float32) for end in ends))
+        q = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero_point, dtype))
+        return q if (low, high) == (0, 255) or dtype == np.uint16 else op.Clip(q, constant(low, dtype), constant(high, dtype))
 
     def dequantize(q: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero_point, np.uint8))
+        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero_point, q.dtype.numpy()))
 
     def dequantize_weight(q: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(q, scale, zeros_like(scale, np.int8) if zero_point is None else zero_point, axis=0)
+        shape, steps = list(q.shape), list(scale.shape)
+        if len(steps) < 2 and steps in ([], shape[:1]):
+            zero = zeros_like(scale, q.dtype.numpy()) if zero_point is None else zero_point
+            return op.DequantizeLinear(q, scale, zero, axis=0)
+        # One scale a block: along every dimension its blocks, then the places in a block.
+        split = [part for size, blocks in zip(shape, steps, strict=True) for part in (blocks, size // blocks)]
+
+        def spread(values: Any) -> Any:
+            return op.Reshape(values, constant([part for blocks in values.shape for part in (blocks, 1)], np.int64))
+
+        w = op.Reshape(op.Cast(q, to=1), constant(split, np.int64))
+        if zero_point is not None:
+            w = op.Sub(w, op.Cast(spread(zero_point), to=1))
+        return op.Reshape(op.Mul(w, spread(scale)), constant(shape, np.int64))
+
+    def round_blocks(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
+        ends = (op.Sub(constant(end, np.float32), zero_point) for end in (low, high))
+        least, most = ends
+        return op.Mul(op.Min(op.Max(op.Round(op.Div(x, scale)), least), most), scale)
 
     def operands(head: Sequence[Any]) -> tuple[Any, Any, Any]:
         q, x_scale, x_zero_point, weight, scale, zero_point, bias = head
@@ -239,6 +287,7 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.quantize.default: quantize,
         ops.dequantize.default: dequantize,
         ops.dequantize_weight.default: dequantize_weight,
+        ops.round_blocks.default: round_blocks,
         ops.conv.default: conv,
         ops.linear.default: linear,
     }
@@ -341,7 +390,7 @@ _KEEPS_VALUES = frozenset(
 def _only_integers_meet_grids(program: torch.export.ExportedProgram) -> bool:
     """Whether no float arithmetic stands between one grid and the next."""
     for node in program.graph.nodes:
-        if str(node.target) == "lightning_quant.quantize.default":
+        if str(node.target) in ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default"):
             source = node.args[0]
             while source.op == "call_function" and str(source.target).rpartition(".")[0] in _KEEPS_VALUES:
                 source = source.args[0]

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.integer import FoldedWeight, Geometry, IntegerLayer, PartlyIntegerLayer
-from lightning_quant.quantizers import ActivationQuantizer, fake_quantize_weight, quantize_weight, weight_grid
-from lightning_quant.schedule import Phase
+from lightning_quant.group import KEY, Group, Member, join
+from lightning_quant.integer import FoldedWeight, Geometry, IntegerLayer, PartlyIntegerLayer, one_a_block, storage
+from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, fake_quantize_weight, quantize_weight, weight_grid
 from lightning_quant.settings import is_kind
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -47,7 +47,6 @@ _BATCH_NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
 }
 # activation type -> the level it caps at
 ACTIVATIONS: dict[type[nn.Module], float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
-_KEY = "_lightning_quant"
 
 
 # -- patterns -------------------------------------------------------------------------------------------------------
@@ -87,15 +86,15 @@ def pattern_problem(members: list[nn.Module]) -> str | None:
 # -- the state that the members of a group share ----------------------------------------------------------------------
 
 
-class FusedGroup:
-    """What the members of one group share; lives in each member's `__dict__`, never in the module tree.
+class FusedGroup(Group):
+    """A convolution or linear layer and what is fused behind it.
 
     Args:
         name: the head's name in the model.
         batch_norm, activation: the other members, or None.
         input: quantizer of the head's input, or None. `input_owned`: this group moves its range; `input_applied`: the
             tensor arrives unrounded, so the head rounds it.
-        weight: grid of the weight, or None.
+        weight, bias: grids of the head's parameters, or None.
         output: quantizer at the group's end, or None.
     """
 
@@ -110,57 +109,26 @@ class FusedGroup:
         input_applied: bool,
         weight: TensorSpec | None,
         output: ActivationQuantizer | None,
+        bias: TensorSpec | None = None,
     ) -> None:
-        self.name = name
+        super().__init__(name)
         self.batch_norm, self.activation = batch_norm, activation
         self.input, self.input_owned, self.input_applied = input, input_owned, input_applied
-        self.weight, self.output = weight, output
-        self.phase = Phase()
-        self.simulate = False  # eval mode simulates too, for comparisons
-        self.deployed: nn.Module | None = None  # built at the first eval forward, dropped by train() and eval()
-        self.deployed_ranges: list[Any] = []  # what it was built on; a shared range may be another group's to move
-        self.integer_pass = False  # this pass: the head ran the deployed layer, the others hand on
-        self.observing = False  # this pass: training, and the schedule lets ranges move
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "deployed": None}
+        self.weight, self.bias, self.output = weight, bias, output
 
     @property
-    def ready(self) -> bool:
-        """Whether every quantizer of the group has a range."""
-        return all(quantizer.ready for quantizer in (self.input, self.output) if quantizer is not None)
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """Of the input and of the end, where they are rounded."""
+        return [quantizer for quantizer in (self.input, self.output) if quantizer is not None]
 
     @property
     def members(self) -> list[nn.Module]:
         """The modules behind the head, in order."""
         return [module for module in (self.batch_norm, self.activation) if module is not None]
 
-    def begin(self, head: nn.Module, x: Tensor) -> bool:
-        """Decide what this pass is; True if the deployed layer runs."""
-        self.observing = head.training and self.phase.observe
-        self.integer_pass = (
-            not any(module.training for module in (head, *self.members))
-            and self.phase.quantize
-            and not self.simulate
-            and self.ready
-            and not self._wants_gradient(head, x)
-            and not self._is_watched(head)
-        )
-        if not self.integer_pass:
-            self.deployed = None  # a pass with gradients, or in training: the weights may move after it
-        return self.integer_pass
-
-    def _wants_gradient(self, head: nn.Module, x: Tensor) -> bool:
-        modules = (head, *self.members)
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for m in modules for p in m.parameters()))
-
-    def _is_watched(self, head: nn.Module) -> bool:
-        """Whether a user's hook sits between members and must see the tensors of the float model."""
-        members = self.members
-        if not members:
-            return False
-        inner = [head._forward_hooks, *(module._forward_pre_hooks for module in members)]
-        return any(inner) or any(module._forward_hooks for module in members[:-1])
+    def deploy(self, head: nn.Module) -> nn.Module:
+        """The folded layer."""
+        return deployed_layer(head, self)
 
     def round_input(self, x: Tensor) -> Tensor:
         """The head's input on its grid, its range moved first if this group owns it."""
@@ -170,14 +138,19 @@ class FusedGroup:
             self.input.observe(x)
         return self.input(x) if self.input_applied and self.phase.quantize and self.input.ready else x
 
-    def rounded_weight(self, weight: Tensor) -> Tensor:
-        """The head's weight on its grid, with gradient."""
-        assert self.weight is not None
-        fold = None
-        if self.batch_norm is not None and self.weight.granularity == "per_tensor":
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            fold = _channel_factor(self.batch_norm).abs().to(wide).view(-1, *[1] * (weight.dim() - 1))
-        return fake_quantize_weight(weight, self.weight, fold)
+    def rounded_parameters(self, head: nn.Module) -> dict[str, Tensor]:
+        """The head's quantized parameters on their grids, with gradient."""
+        rounded: dict[str, Tensor] = {}
+        if self.weight is not None:
+            weight, fold = weight_of(head), None
+            if self.batch_norm is not None and self.weight.kernel(weight.dim())[0] != 1:
+                wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+                fold = _channel_factor(self.batch_norm).abs().to(wide).view(-1, *[1] * (weight.dim() - 1))
+            rounded["weight"] = fake_quantize_weight(weight, self.weight, fold)
+        bias = head._parameters.get("bias")
+        if self.bias is not None and bias is not None:
+            rounded["bias"] = fake_quantize_weight(bias, self.bias)
+        return rounded
 
     def finish(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """The group's result from the tensor that reaches its end (before the activation), or None if `member` is not
@@ -189,83 +162,41 @@ class FusedGroup:
             self.output.observe(x)
         return self.output(x) if self.phase.quantize and self.output.ready else None
 
-    def run_deployed(self, head: nn.Module, x: Tensor) -> Tensor:
-        """The folded layer on x; built once, from the parameters and ranges as they are now."""
-        ranges = [(q.low, q.high) for q in (self.input, self.output) if q is not None]
-        if self.deployed is None or ranges != self.deployed_ranges:
-            self.deployed_ranges = ranges
-            # Outside inference mode: what is built during trainer.test() may be used by a later fit's validation.
-            with torch.inference_mode(False), torch.no_grad():
-                self.deployed = deployed_layer(head, self)
-        y: Tensor = self.deployed(x)
-        return y
-
-
-def group_of(module: nn.Module) -> FusedGroup | None:
-    """The group that `module` belongs to, or None."""
-    group: FusedGroup | None = module.__dict__.get(_KEY)
-    return group
-
 
 # -- the classes that members get -------------------------------------------------------------------------------------
 
 
-class _Member(nn.Module):
-    """What all members share: the deployed layer is dropped whenever the numbers behind it may change.
-
-    A member's class is made at run time from its role and its own class: `FusedConv2d(_Head, Conv2d)`. torch.compile runs
-    members as they are: ranges are host numbers that change with every batch.
-    """
-
-    def _group(self) -> FusedGroup:
-        group: FusedGroup = self.__dict__[_KEY]
-        return group
-
-    def train(self, mode: bool = True) -> Any:
-        self._group().deployed = None
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._group().deployed = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._group().deployed = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; pickle finds it again by what it was made from.
-        return _empty_member, type(self).__bases__, self.__dict__
-
-
-class _Head(_Member):
+class _Head(Member):
     """A convolution or linear layer that begins a group."""
+
+    begins = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
-        group = self._group()
-        if group.begin(self, input):
-            return group.run_deployed(self, input)
+        group: FusedGroup = self.__dict__[KEY]
+        if group.begin(self, [input]):
+            deployed: Tensor = group.deployed_now(self)(input)
+            return deployed
         x = group.round_input(input)
-        if group.weight is None or not group.phase.quantize or not (group.observing or group.ready):
+        quantize = group.phase.quantize and (group.observing or group.ready)
+        # An entry in the instance's __dict__ hides the Parameter for the length of the original forward.
+        parameters = group.rounded_parameters(self) if quantize else {}
+        self.__dict__.update(parameters)
+        try:
             y: Tensor = super().forward(x)
-        else:
-            # An entry in the instance's __dict__ hides the Parameter for the length of the original forward.
-            self.__dict__["weight"] = group.rounded_weight(weight_of(self))
-            try:
-                y = super().forward(x)
-            finally:
-                del self.__dict__["weight"]
+        finally:
+            for name in parameters:
+                del self.__dict__[name]
         rounded = group.finish(self, y)
         return y if rounded is None else rounded
 
 
-class _BatchNormMember(_Member):
+class _BatchNormMember(Member):
     """The batch norm of a group: itself, with statistics that the schedule can stop."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
-        group = self._group()
+        group: FusedGroup = self.__dict__[KEY]
         if group.integer_pass:
             return input
         norm: Any = self
@@ -279,12 +210,12 @@ class _BatchNormMember(_Member):
         return y if rounded is None else rounded
 
 
-class _ActivationMember(_Member):
+class _ActivationMember(Member):
     """The activation of a group: where the end is rounded, the clamp of the grid does its work."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
-        group = self._group()
+        group: FusedGroup = self.__dict__[KEY]
         if group.integer_pass:
             return input
         rounded = group.finish(self, input)
@@ -294,43 +225,16 @@ class _ActivationMember(_Member):
         return y
 
 
-_CLASSES: dict[tuple[type[_Member], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _member_class(role: type[_Member], base: type[nn.Module]) -> type[nn.Module]:
-    if (role, base) not in _CLASSES:
-        doc = f"A {base.__name__} in a fused group."
-        _CLASSES[role, base] = type(f"Fused{base.__name__}", (role, base), {"__doc__": doc})
-    return _CLASSES[role, base]
-
-
-def _empty_member(role: type[_Member], base: type[nn.Module]) -> nn.Module:
-    cls = _member_class(role, base)
-    return cls.__new__(cls)
-
-
 def install(group: FusedGroup, head: nn.Module) -> None:
     """Make `head` and the group's members work as one; parameters, buffers, names and hooks are not touched."""
-    roles: list[tuple[nn.Module | None, type[_Member]]] = [
+    roles: list[tuple[nn.Module | None, type[Member]]] = [
         (head, _Head),
         (group.batch_norm, _BatchNormMember),
         (group.activation, _ActivationMember),
     ]
     for module, role in roles:
         if module is not None:
-            module.__dict__[_KEY] = group
-            module.__class__ = _member_class(role, type(module))
-
-
-def uninstall(module: nn.Module) -> None:
-    """Give a member back its own class."""
-    if module.__dict__.pop(_KEY, None) is not None:
-        module.__class__ = type(module).__bases__[1]
-
-
-def is_group_head(module: nn.Module) -> bool:
-    """Whether `module` begins an installed group."""
-    return isinstance(module, _Head)
+            join(group, module, role)
 
 
 # -- folding ----------------------------------------------------------------------------------------------------------
@@ -350,9 +254,12 @@ def _channel_factor(norm: nn.Module) -> Tensor:
     return k if norm.weight is None else k * norm.weight.detach().double()
 
 
-def _folded_bias(head: nn.Module, norm: nn.Module | None) -> Tensor:
-    """b' = (b - mu) k + beta, float64 (C,)."""
-    weight, bias = weight_of(head), head._parameters.get("bias")
+def _folded_bias(head: nn.Module, norm: nn.Module | None, spec: TensorSpec | None = None) -> Tensor:
+    """b' = (b - mu) k + beta, float64 (C,); b on the grid of `spec` if it has one."""
+    weight, parameter = weight_of(head), head._parameters.get("bias")
+    bias: Tensor | None = parameter
+    if bias is not None and spec is not None:
+        bias = fake_quantize_weight(bias.detach(), spec)
     b = weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.detach().double()
     if norm is None:
         return b
@@ -361,54 +268,64 @@ def _folded_bias(head: nn.Module, norm: nn.Module | None) -> Tensor:
     return b if norm.bias is None else b + norm.bias.detach().double()
 
 
-def fold(head: nn.Module, norm: nn.Module | None, spec: TensorSpec) -> FoldedWeight:
+def fold(head: nn.Module, norm: nn.Module | None, spec: TensorSpec, bias: TensorSpec | None = None) -> FoldedWeight:
     """The head's weight on the integers that training used, with batch norm folded in.
 
     Args:
         head: Conv1d/2d/3d or Linear.
         norm: the batch norm behind it with running statistics, or None.
         spec: the grid of the weight.
+        bias: the grid of the head's bias, or None.
     """
     w = weight_of(head).detach()
     w = w if w.dtype == torch.float64 else w.float()
     k = w.new_ones(w.shape[0], dtype=torch.float64) if norm is None else _channel_factor(norm)
     column = [-1, *[1] * (w.dim() - 1)]
-    if spec.granularity == "out_channel":
+    c, negative = k.abs().view(column), (k < 0).view(column)
+    if spec.kernel(w.dim())[0] == 1:  # (1): the integers are those of the unfolded weight
         grid = weight_grid(w, spec)
-        q, scale = quantize_weight(w, grid, spec), grid.scale.flatten().double() * k.abs()
-        zero = None if grid.zero_point is None else grid.zero_point.flatten()
+        q, scale = quantize_weight(w, grid, spec), grid.scale.double() * c
     else:
-        c = k.abs().to(w.dtype).view(column)
-        grid = weight_grid(w * c, spec)
-        q, scale = quantize_weight(w * c, grid, spec), grid.scale.double()
-        zero = grid.zero_point
-    if zero is not None:
-        zero, scale = zero.expand(w.shape[0]), scale.expand(w.shape[0])
+        grid = weight_grid(w * c.to(w.dtype), spec)
+        q, scale = quantize_weight(w * c.to(w.dtype), grid, spec), grid.scale.double()
+    zero = grid.zero_point
     # sign(k) goes into the integers: -q, or the mirror of q on an unsigned grid; the zero point goes with them.
-    mirror, negative = spec.qmin + spec.qmax, k < 0
-    q = torch.where(negative.view(column), mirror - q, q)
-    shift = 128 if spec.qmin == 0 else 0
+    mirror = spec.qmin + spec.qmax
+    q = torch.where(negative, mirror - q, q)
     if zero is not None:
-        zero = (torch.where(negative, mirror - zero, zero) - shift).to(torch.int8)
-    if scale.dim():
-        # A channel of zeros (gamma = 0, pruned) is its bias: on a small step, which _widened raises as far as int32 needs.
-        level = (torch.zeros_like(scale) if zero is None else zero.double() + shift).to(q.dtype).view(column)
-        q = torch.where((scale == 0).view(column), level, q)
-        scale = torch.where((q == level).flatten(1).all(1), 2.0**-23, scale)
+        zero = torch.where(negative, mirror - zero, zero)
+        scale = scale.expand_as(zero)
+    lead = 0 if zero is None else 1  # a zero point may differ between the channels of a block
+    scale, zero = one_a_block(scale, spec, lead), None if zero is None else one_a_block(zero, spec, lead)
+    if scale.dim() == 1:
+        q, scale = _steps_for_empty_channels(q, scale, zero)
     return FoldedWeight(
-        q=(q - shift).to(torch.int8),
+        q=(q - spec.offset).to(storage(spec)),
         scale=scale.to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny),
-        zero_point=zero,
-        bias=_folded_bias(head, norm),
+        zero_point=None if zero is None else (zero - spec.offset).to(storage(spec)),
+        bias=_folded_bias(head, norm, bias),
     )
 
 
-def folded_float(head: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+def _steps_for_empty_channels(q: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A channel of zeros (gamma = 0, pruned) is its bias: on a small step, which `_widened` raises as far as int32 needs."""
+    column = [-1, *[1] * (q.dim() - 1)]
+    level = (torch.zeros_like(scale) if zero is None else zero).to(q.dtype).view(column)
+    q = torch.where((scale == 0).view(column), level, q)
+    return q, torch.where((q == level).flatten(1).all(1), 2.0**-23, scale)
+
+
+def folded_float(head: nn.Module, norm: nn.Module | None, bias: TensorSpec | None = None) -> tuple[Tensor, Tensor]:
     """(float32 weight, float64 bias) with batch norm folded in, for a layer whose weight is not quantized."""
     w = weight_of(head).detach().double()
     if norm is not None:
         w = w * _channel_factor(norm).view(-1, *[1] * (w.dim() - 1))
-    return w.to(torch.float32), _folded_bias(head, norm)
+    return w.to(torch.float32), _folded_bias(head, norm, bias)
+
+
+def runs_on_integers(spec: TensorSpec | None) -> bool:
+    """Whether integer kernels take a tensor on this grid: up to 8 bits, one scale for it or for each output channel."""
+    return spec is not None and spec.bits <= 8 and spec.granularity in ("per_tensor", "out_channel")
 
 
 def deployed_layer(head: nn.Module, group: FusedGroup) -> nn.Module:
@@ -417,10 +334,13 @@ def deployed_layer(head: nn.Module, group: FusedGroup) -> nn.Module:
     x = None if group.input is None else group.input.grid()
     y = None if group.output is None else group.output.grid()
     cap = None if group.activation is None else next(c for t, c in ACTIVATIONS.items() if isinstance(group.activation, t))
-    rectify = None if cap is None or y is not None else (0.0, cap)
-    if group.weight is not None and x is not None and (y is not None or geometry.kind == "linear"):
-        layer: nn.Module = IntegerLayer(fold(head, norm, group.weight), geometry, x, y, rectify)
+    rectify = None if cap is None or isinstance(y, Grid) else (0.0, cap)
+    whole = all(runs_on_integers(spec) for spec in (group.weight, *(q.spec for q in group.quantizers)))
+    if whole and group.weight is not None and isinstance(x, Grid) and (isinstance(y, Grid) or geometry.kind == "linear"):
+        assert not isinstance(y, BlockGrid)
+        layer: nn.Module = IntegerLayer(fold(head, norm, group.weight, group.bias), geometry, x, y, rectify)
+    elif group.weight is None:
+        layer = PartlyIntegerLayer(folded_float(head, norm, group.bias), geometry, x, y, rectify)
     else:
-        folded = folded_float(head, norm) if group.weight is None else fold(head, norm, group.weight)
-        layer = PartlyIntegerLayer(folded, geometry, x, y, rectify)
+        layer = PartlyIntegerLayer(fold(head, norm, group.weight, group.bias), geometry, x, y, rectify)
     return layer.to(weight_of(head).device)

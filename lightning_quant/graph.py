@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_quant.settings import is_kind
+from lightning_quant.targets import Arguments, on_tensors, outputs_of, tensors_in
 
 OUTSIDE = -1
 # What leaves every value on its grid: it moves, drops or repeats values but makes no new ones. In eval mode, for dropout.
@@ -70,15 +71,39 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One argument or output of a call: which node made it (OUTSIDE for others), and its shape; None if it is no tensor."""
+
+    source: int
+    shape: tuple[int, ...] | None
+    floating: bool
+    type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """One call of a module, leaf or not: its arguments and outputs by target (`_input_`, `_output_1`).
+
+    `order`: its place among all calls of modules, by their beginning.
+    """
+
+    order: int
+    inputs: Mapping[str, Seen]
+    outputs: Mapping[str, Seen]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
     """The calls of one forward, in order, and which of them the model returned.
 
-    `side_effects`: calls that wrote over a tensor which was then used by the name it had before: `self.relu(x); use(x)`.
+    `boundaries`: every module's calls, by its name. `side_effects`: calls that wrote over a tensor which was then used by the
+    name it had before: `self.relu(x); use(x)`.
     """
 
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
     side_effects: frozenset[int] = frozenset()
+    boundaries: Mapping[str, tuple[Boundary, ...]] = dataclasses.field(default_factory=dict)
 
     def calls(self, name: str) -> list[Node]:
         """Every call of the module `name`, in order."""
@@ -103,21 +128,6 @@ class Graph:
         return found - {index}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
-
-
 def split_example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments from a tensor, a tuple, a dict of keywords or a pair (tuple, dict)."""
     if isinstance(example_input, tuple):
@@ -128,19 +138,6 @@ def split_example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (example_input,), {}
-
-
-def on_tensors(act: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with `act` applied to its tensors, in nested lists, tuples, named tuples and dicts."""
-    if isinstance(value, Tensor):
-        return act(value)
-    if isinstance(value, Mapping):
-        return {key: on_tensors(act, item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(on_tensors(act, item) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(on_tensors(act, item) for item in value)
-    return value
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
@@ -173,6 +170,9 @@ class _Recorder(TorchFunctionMode):
         self.side_effects: set[int] = set()
         self.alive: list[Tensor] = []  # a tensor freed during the forward could give its id to another one
         self.owners: list[str] = []
+        self.boundaries: dict[str, list[Boundary]] = {}
+        self.begun: list[tuple[int, list[Seen]]] = []  # of the calls that are under way: their order, their positional arguments
+        self.calls = 0
         self.inside_leaf = 0
         self.inside_function = 0
         self.counts: Counter[str] = Counter()
@@ -207,9 +207,11 @@ class _Recorder(TorchFunctionMode):
         index, version = self.producer.get(id(tensor), (OUTSIDE, 0))
         return index if written or version == tensor._version else OUTSIDE
 
-    def enter(self, module: nn.Module, _: Any) -> None:
+    def enter(self, module: nn.Module, args: Any) -> None:
         if id(module) in self.names:
             self.owners.append(self.names[id(module)])
+            self.begun.append((self.calls, [self.seen(value) for value in args]))
+            self.calls += 1
             self.inside_leaf += id(module) in self.leaves
 
     def leave(self, module: nn.Module, args: Any, *rest: Any) -> Any:
@@ -218,6 +220,9 @@ class _Recorder(TorchFunctionMode):
         if id(module) not in self.names:
             return output
         self.owners.pop()
+        order, positional = self.begun.pop()
+        passed = enumerate(Arguments(type(module)).passed(args, kwargs).items())
+        given = {target: positional[i] if i < len(positional) else self.seen(value) for i, (target, value) in passed}
         if id(module) in self.leaves:
             if self.inside_leaf == 1:
                 passing = any(is_kind(module, cls) for cls in _PASSING_MODULES)
@@ -231,7 +236,17 @@ class _Recorder(TorchFunctionMode):
                     self.producer[id(output)] = len(self.nodes) - 1, output._version
                     self.alive.append(output)
             self.inside_leaf -= 1
+        made = {target: self.seen(value) for target, value in outputs_of(output).items()}
+        boundary = Boundary(order=order, inputs=given, outputs=made)
+        self.boundaries.setdefault(self.names[id(module)], []).append(boundary)
         return output
+
+    def seen(self, value: Any) -> Seen:
+        if not isinstance(value, Tensor):
+            return Seen(source=OUTSIDE, shape=None, floating=False, type=type(value).__name__)
+        index, version = self.producer.get(id(value), (OUTSIDE, 0))
+        source = index if version == value._version else OUTSIDE  # written to unseen, through a view or a script
+        return Seen(source=source, shape=tuple(value.shape), floating=value.is_floating_point(), type="Tensor")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -338,4 +353,9 @@ def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = No
             before.remove()
             after.remove()
     made = tuple(recorder.source(tensor) for tensor in tensors_in(output))
-    return Graph(nodes=tuple(recorder.nodes), outputs=made, side_effects=frozenset(recorder.side_effects))
+    return Graph(
+        nodes=tuple(recorder.nodes),
+        outputs=made,
+        side_effects=frozenset(recorder.side_effects),
+        boundaries={name: tuple(calls) for name, calls in recorder.boundaries.items()},
+    )

@@ -10,180 +10,120 @@ which is what ONNX Runtime's QLinearConv and QGemm compute, bit for bit. Without
 float32(acc) * (s_x * s_w). Convolutions run on integer-valued floats at float speed: exact while every partial sum stays
 under 2^24; where the worst case does not, the layer is marked `wide` and accumulates in float64 (exact to 2^53).
 
-Operators (namespace `lightning_quant`, plain integer tensors, usable on any device, with shapes for torch.export):
-quantize, dequantize, dequantize_weight, conv, linear. Importing this module is all that a saved program needs.
+What no integer kernel can run (a missing grid, more than 8 bits, scales inside a channel) is float arithmetic on
+dequantized integers.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import Grid
-
-_LIBRARY = torch.library.Library("lightning_quant", "DEF")
-_LIBRARY.define("quantize(Tensor x, float scale, int zero_point, int low, int high) -> Tensor")
-_LIBRARY.define("dequantize(Tensor q, float scale, int zero_point) -> Tensor")
-_LIBRARY.define("dequantize_weight(Tensor q, Tensor scale, Tensor? zero_point) -> Tensor")
-_TAIL = "float? y_scale, int y_zero_point, int low, int high, bool wide) -> Tensor"
-_HEAD = "Tensor q, float x_scale, int x_zero_point, Tensor weight, Tensor scale, Tensor? zero_point, Tensor bias"
-_LIBRARY.define(f"conv({_HEAD}, int[] stride, int[] padding, int[] dilation, int groups, {_TAIL}")
-_LIBRARY.define(f"linear({_HEAD}, {_TAIL}")
+import lightning_quant.operators  # noqa: F401  (registers them)
+from lightning_quant.config import TensorSpec
+from lightning_quant.operators import along_channels
+from lightning_quant.quantizers import BlockGrid, Grid, quantize_weight, weight_grid
 
 EXACT_FLOAT32 = 2**24
 _INT32_MAX = 2**31 - 1
 
-
-# Where torch keeps the precision of its float32 kernels, by device; each holds "none", "ieee", "tf32" or "bf16".
-_BACKENDS: Any = torch.backends  # its submodules are not typed
-_PRECISIONS: dict[str, tuple[Any, ...]] = {
-    "cpu": (_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv),
-    "cuda": (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv),
-}
-
-
-@contextlib.contextmanager
-def _exact_float(device: str) -> Iterator[None]:
-    """No autocast, no TF32, no bfloat16 matmul: integer-valued floats must stay integers."""
-    loose = [(b, b.fp32_precision) for b in _PRECISIONS.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
-    for backend, _ in loose:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for backend, precision in loose:
-            backend.fp32_precision = "none"  # inherits again, if that is where the value came from
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
-
-
-def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    q = torch.div(x.float(), scale).round_().add_(zero_point).clamp_(low, high)
-    return q.to(torch.uint8)
-
-
-def _dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
-    return q.to(torch.float32).sub_(zero_point).mul_(scale)
-
-
-def _along_channels(values: Tensor, dim: int, channel: int) -> Tensor:
-    """A per-channel vector reshaped to broadcast along `channel`; a scalar as it is."""
-    if values.dim() == 0:
-        return values
-    shape = [1] * dim
-    shape[channel] = -1
-    return values.view(shape)
-
-
-def _dequantize_weight(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    w = q.to(torch.float32)
-    if zero_point is not None:
-        w -= _along_channels(zero_point, q.dim(), 0).to(torch.float32)
-    return w.mul_(_along_channels(scale, q.dim(), 0))
-
-
-def _operands(q: Tensor, x_zero: int, weight: Tensor, zero: Tensor | None, wide: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if wide else torch.float32
-    w = weight.to(dtype)
-    if zero is not None:
-        w -= _along_channels(zero, weight.dim(), 0).to(dtype)
-    return q.to(dtype).sub_(x_zero), w
-
-
-def _requantize(acc: Tensor, real: Tensor, channel: int, y_scale: float | None, y_zero: int, low: int, high: int) -> Tensor:
-    """acc: exact integers, float32 or float64; real: s_x * s_w in float32, () or (C,)."""
-    if y_scale is None:
-        return acc.to(torch.float32) * _along_channels(real, acc.dim(), channel)
-    multiplier = _along_channels(real / y_scale, acc.dim(), channel)
-    q = (acc.to(torch.float32) * multiplier).round_().clamp_(low - y_zero, high - y_zero).add_(y_zero)
-    return q.to(torch.uint8)
-
-
-def _conv(
-    q: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    y_scale: float | None,
-    y_zero_point: int,
-    low: int,
-    high: int,
-    wide: bool,
-) -> Tensor:
-    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
-    with _exact_float(q.device.type):
-        x, w = _operands(q, x_zero_point, weight, zero_point, wide)
-        acc = convolve(x, w, bias.to(w.dtype), stride, padding, dilation, groups)
-    return _requantize(acc, x_scale * scale, 1, y_scale, y_zero_point, low, high)
-
-
-def _linear(
-    q: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor,
-    y_scale: float | None,
-    y_zero_point: int,
-    low: int,
-    high: int,
-    wide: bool,
-) -> Tensor:
-    with _exact_float(q.device.type):
-        x, w = _operands(q, x_zero_point, weight, zero_point, wide)
-        acc = F.linear(x, w, bias.to(w.dtype))
-    return _requantize(acc, x_scale * scale, 1, y_scale, y_zero_point, low, high)
-
-
-def _quantize_shape(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8)
-
-
-def _dequantize_shape(q: Tensor, scale: float, zero_point: int) -> Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
-
-
-for _name, _kernel, _shape in (
-    ("quantize", _quantize, _quantize_shape),
-    ("dequantize", _dequantize, _dequantize_shape),
-    ("dequantize_weight", _dequantize_weight, _dequantize_weight),
-    ("conv", _conv, _conv),
-    ("linear", _linear, _linear),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lightning_quant::{_name}", _shape, lib=_LIBRARY)
-
-
-# -- layers ---------------------------------------------------------------------------------------------------------
+# -- parameters and activations on their grids ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoldedWeight:
-    """A weighted layer after folding, on the host of its choice; what every deployed layer is made from.
+class IntegerTensor:
+    """A parameter as it is stored: signed integers `q` (int8, or int16 above 8 bits), float32 `scale`, `zero_point` like q.
 
-    q: (C, ...) integers of the folded weight as int8. scale: float32, (C,) or (). zero_point: int8 like scale, or None
-    for 0. bias: float64 (C,), real valued, not yet on a grid.
+    The value is (q - zero_point) * scale. Scale and zero point are () per tensor, (C,) for channels of dimension 0, and
+    otherwise have one value a block along each of q's dimensions; zero_point is None for 0.
     """
 
     q: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+
+def storage(spec: TensorSpec) -> torch.dtype:
+    """The dtype that holds a parameter of this grid."""
+    return torch.int8 if spec.bits <= 8 else torch.int16
+
+
+def integer_tensor(weight: Tensor, spec: TensorSpec) -> IntegerTensor:
+    """A parameter on its grid as training rounded it; any float dtype, any shape."""
+    w = weight.detach()
+    w = w if w.dtype == torch.float64 else w.float()
+    grid = weight_grid(w, spec)
+    q, dtype = quantize_weight(w, grid, spec), storage(spec)
+    zero = grid.zero_point
+    return IntegerTensor(
+        q=(q - spec.offset).to(dtype),
+        scale=one_a_block(grid.scale, spec).to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny),
+        zero_point=None if zero is None else (one_a_block(zero, spec) - spec.offset).to(dtype),
+    )
+
+
+def one_a_block(values: Tensor, spec: TensorSpec, lead: int = 0) -> Tensor:
+    """What `weight_grid` spread over blocks, one value a block again (from dimension `lead` on); (C,) per out-channel."""
+    if spec.granularity in ("per_tensor", "out_channel"):
+        return values.flatten() if values.dim() else values
+    for dim, block in enumerate(spec.kernel(values.dim())):
+        if dim >= lead and block > 1 and values.shape[dim] > 1:
+            values = values.index_select(dim, torch.arange(0, values.shape[dim], block, device=values.device))
+    return values
+
+
+class Rounding(nn.Module):
+    """An activation's grid as a module: float tensor in, float32 tensor on the grid out.
+
+    Args:
+        grid: one grid for the tensor, or one for each block.
+        clip: end at the levels that an absorbed activation leaves.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid | BlockGrid, *, clip: bool = False) -> None:
+        super().__init__()
+        self.grid = grid.unsigned() if isinstance(grid, Grid) else None
+        if isinstance(grid, Grid):
+            g = grid.unsigned()
+            self.low, self.high = (g.clip_low, g.clip_high) if clip else (g.qmin, g.qmax)
+        else:
+            offset = grid.spec.qmax + 1 if grid.spec.qmin < 0 else 0
+            self.low, self.high = grid.spec.qmin + offset, grid.spec.qmax + offset
+            self.register_buffer("scale", grid.scale.clone())
+            self.register_buffer("zero_point", grid.zero_point + offset)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round x to the grid."""
+        ops = torch.ops.lightning_quant
+        if self.grid is None:
+            rounded: Tensor = ops.round_blocks(x, self.scale, self.zero_point, self.low, self.high)
+        else:
+            q = ops.quantize(x, self.grid.scale, self.grid.zero_point, self.low, self.high)
+            rounded = ops.dequantize(q, self.grid.scale, self.grid.zero_point)
+        return rounded
+
+    def extra_repr(self) -> str:
+        """The integers."""
+        return f"{self.low}..{self.high}" + (" for each block" if self.grid is None else "")
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedWeight(IntegerTensor):
+    """A weighted layer after folding, on the host of its choice; what every deployed layer is made from.
+
+    q: (C, ...) integers of the folded weight. bias: float64 (C,), real valued, not yet on a grid.
+    """
+
     bias: Tensor
 
 
@@ -245,9 +185,9 @@ def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:
     if not bool((floor > folded.scale).any()):
         return folded
     scale = torch.maximum(folded.scale, floor)
-    ratio = _along_channels(folded.scale.double() / scale.double(), folded.q.dim(), 0)
+    ratio = along_channels(folded.scale.double() / scale.double(), folded.q.dim(), 0)
     zero = torch.zeros_like(folded.scale, dtype=torch.int8) if folded.zero_point is None else folded.zero_point
-    shift = _along_channels(zero, folded.q.dim(), 0).double()
+    shift = along_channels(zero, folded.q.dim(), 0).double()
     q = ((folded.q.double() - shift) * ratio).round_().add_(shift).to(torch.int8)
     return FoldedWeight(q=q, scale=scale, zero_point=folded.zero_point, bias=folded.bias)
 
@@ -299,7 +239,7 @@ class IntegerLayer(nn.Module):
         """The largest |partial sum| that any input on the grid can cause."""
         w = self.weight.double()
         if self.zero_point is not None:
-            w = w - _along_channels(self.zero_point, w.dim(), 0).double()
+            w = w - along_channels(self.zero_point, w.dim(), 0).double()
         reach = max(self.x.zero_point - self.x.qmin, self.x.qmax - self.x.zero_point)
         return float((w.abs().flatten(1).sum(1) * reach + self.bias.double().abs()).max())
 
@@ -362,12 +302,12 @@ class PartlyIntegerLayer(nn.Module):
         self,
         folded: FoldedWeight | tuple[Tensor, Tensor],
         geometry: Geometry,
-        x: Grid | None,
-        y: Grid | None,
+        x: Grid | BlockGrid | None,
+        y: Grid | BlockGrid | None,
         rectify: tuple[float, float] | None,
     ) -> None:
         super().__init__()
-        self.x, self.y = None if x is None else x.unsigned(), None if y is None else y.unsigned()
+        self.x, self.y = None if x is None else Rounding(x), None if y is None else Rounding(y, clip=True)
         self.geometry, self.rectify = geometry, rectify
         whole = isinstance(folded, FoldedWeight)
         self.register_buffer("weight", folded.q if isinstance(folded, FoldedWeight) else folded[0])
@@ -388,8 +328,7 @@ class PartlyIntegerLayer(nn.Module):
         if self.scale is not None:
             w = ops.dequantize_weight(w, self.scale, self.zero_point)
         if self.x is not None:
-            q = ops.quantize(x, self.x.scale, self.x.zero_point, self.x.qmin, self.x.qmax)
-            x = ops.dequantize(q, self.x.scale, self.x.zero_point)
+            x = self.x(x)
         x = g.prepared_input(x.float())
         if g.kind == "linear":
             out = F.linear(x, w, self.bias)
@@ -399,12 +338,11 @@ class PartlyIntegerLayer(nn.Module):
         if self.rectify is not None:
             out = out.clamp(*self.rectify)
         if self.y is not None:
-            q = ops.quantize(out, self.y.scale, self.y.zero_point, self.y.clip_low, self.y.clip_high)
-            out = ops.dequantize(q, self.y.scale, self.y.zero_point)
+            out = self.y(out)
         return _carried(out, dtype)
 
     def extra_repr(self) -> str:
         """Kind, shape of the weight, which tensors are integers."""
-        words = ["int8 weight" if self.weight_quantized else "float weight"]
-        words += ["uint8 input"] * (self.x is not None) + ["uint8 output"] * (self.y is not None)
+        words = [f"{str(self.weight.dtype).removeprefix('torch.')} weight" if self.weight_quantized else "float weight"]
+        words += ["rounded input"] * (self.x is not None) + ["rounded output"] * (self.y is not None)
         return f"{self.geometry.kind}, {tuple(self.weight.shape)}, {', '.join(words)}, float arithmetic"

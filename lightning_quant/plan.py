@@ -1,42 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the decisions: model, rules and recorded forward become a `Plan` that says what will be done to each layer, and why.
-
-Precedence, decided in `_resolve` and nowhere else: within one entry, the type's setting <- the entry's shorthand keys <-
-its `target_settings`, merged key by key; between entries the later one wins, per module and target.
-"""
+"""Owns the decisions: model, rules and recorded forward become a `Plan` that says what will be done to each layer, and why."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from lightning_quant.config import INPUT, OUTPUT, WEIGHT, ConfigError, Rule, TensorSpec, closest, parse_rules, raise_problems
-from lightning_quant.fusion import BatchNorm, activation_cap, is_group_head, pattern_problem
-from lightning_quant.graph import Graph, record
-from lightning_quant.settings import registered_base, registered_names, setting_of
-
-ACTIVATION_TARGETS = (INPUT, OUTPUT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetPlan:
-    """One quantized target. `source`: the quantizer it shares ('conv1._output_'), or None if it has its own."""
-
-    target: str
-    spec: TensorSpec
-    decided_by: str
-    source: str | None = None
-    notes: tuple[str, ...] = ()
+from lightning_quant.config import PRESETS, ConfigError, parse_rules, raise_problems
+from lightning_quant.discovery import absorb, auto_group, collect_groups, flow_problem
+from lightning_quant.fusion import BatchNorm, activation_cap, is_head, runs_on_integers
+from lightning_quant.graph import Boundary, Graph, record
+from lightning_quant.group import is_group_head
+from lightning_quant.keys import INPUT, OUTPUT, QUANTIZATION, WEIGHT, Problems, closest
+from lightning_quant.matching import Draft, Modules, TargetPlan, apply_rule, fitted
+from lightning_quant.settings import Setting, checked_setting, kept_bases
+from lightning_quant.sources import read_config
+from lightning_quant.targets import canonical_output, is_activation, is_input, output_key
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One weighted layer, the modules fused behind it and its quantized targets."""
+    """One quantized module, the modules fused behind it and its quantized targets.
+
+    `folds`: a convolution or linear layer, which becomes one folded layer with what is fused behind it; any other module
+    keeps its own forward and is quantized around it.
+    """
 
     name: str
     type: str
@@ -44,6 +35,7 @@ class LayerPlan:
     activation: str | None
     targets: Mapping[str, TargetPlan]
     notes: tuple[str, ...] = ()
+    folds: bool = True
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -82,295 +74,187 @@ def _rows(layer: LayerPlan) -> list[tuple[str, ...]]:
         if not position:
             notes.extend(layer.notes)
         lead = names if not position else ("", "")
-        rows.append((*lead, target.target, spec.dtype, spec.scheme, spec.granularity, target.decided_by, "; ".join(notes)))
+        rows.append((*lead, target.target, spec.dtype, spec.scheme, str(spec.granularity), target.decided_by, "; ".join(notes)))
     return rows
 
 
-# -- selection and precedence -----------------------------------------------------------------------------------------
+# -- one layer at a time ----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Draft:
-    """A layer while its plan is being made."""
-
-    module: nn.Module
-    targets: dict[str, TargetPlan] = field(default_factory=dict)
-    explicit: set[str] = field(default_factory=set)
-    group: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
-
-
-def _is_type(module: nn.Module, name: str) -> bool:
-    """Whether `name` is the class of `module`, or a base class whose forward it keeps."""
-    return any(c.__name__ == name and type(module).forward is getattr(c, "forward", None) for c in type(module).__mro__)
-
-
-def _select(rule: Rule, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
-    """The names that a rule selects, in the order of the model: op_names and op_types must both hold where both stand."""
-    before = len(problems)
-    for name in rule.op_names:
-        if name not in modules:
-            near = closest(name, modules)
-            hint = f" Close: {', '.join(map(repr, near))}." if near else ""
-            problems.append(
-                f"{rule.where}: op_names {name!r} matches no module.{hint} "
-                "Layers built later are not visible before on_fit_start."
-            )
-    for type_name in rule.op_types:
-        if not any(_is_type(module, type_name) for name, module in modules.items() if name):
-            counts = Counter(type(module).__name__ for name, module in modules.items() if name)
-            near = closest(type_name, counts, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            present = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-            problems.append(f"{rule.where}: op_types {type_name!r} matches no module; the model has {present}.{hint}")
-
-    def selected(name: str, module: nn.Module) -> bool:
-        named = not rule.op_names or name in rule.op_names
-        return named and (not rule.op_types or any(_is_type(module, t) for t in rule.op_types))
-
-    names = [name for name, module in modules.items() if name and selected(name, module)]
-    if not names and len(problems) == before:
-        problems.append(f"{rule.where}: op_names and op_types together select no module; drop one of the two keys.")
-    return names
+def _layer(draft: Draft, modules: Mapping[str, nn.Module]) -> LayerPlan:
+    """What was drafted for one module, in the order of its data, with what there is to say about it."""
+    module, targets = draft.module, draft.ordered()
+    norm = next((n for n in draft.group[1:] if isinstance(modules[n], BatchNorm)), None)
+    act = next((n for n in draft.group[1:] if activation_cap(modules[n]) is not None), None)
+    folds = is_head(module)
+    layer = LayerPlan(
+        name=draft.name,
+        type=kept_bases(type(module))[-1].__name__ if folds else type(module).__name__,
+        batch_norm=norm,
+        activation=act,
+        targets=targets,
+        folds=folds,
+    )
+    return replace(layer, notes=(*draft.notes, *_arithmetic(layer)))
 
 
-def _resolve(rule: Rule, setting: Mapping[str, Mapping[str, str]], target: str) -> tuple[TensorSpec, tuple[str, ...]]:
-    """What one entry decides for one target: setting <- shorthand <- target_settings, key by key; with notes.
+def _arithmetic(layer: LayerPlan) -> list[str]:
+    """Why a layer runs in float arithmetic, if it does."""
+    active = {name: target for name, target in layer.targets.items() if target.active}
+    if not layer.folds:
+        return ["float arithmetic around its own forward"]
+    if odd := [name for name, target in active.items() if not runs_on_integers(target.spec) and name != "bias"]:
+        return [f"no integer kernel has {', '.join(f'{active[name].spec} for {name}' for name in odd)}: float arithmetic"]
+    if INPUT in active and WEIGHT not in active:
+        return ["float weight: onnxruntime rounds it by itself where input and output are quantized"]
+    if INPUT not in active:
+        return ["no input grid: float arithmetic"]
+    return ["no output grid: float arithmetic"] if OUTPUT not in active and layer.type != "Linear" else []
 
-    `granularity: default` is one scale per output channel for weights and one per tensor for activations. A shorthand
-    `out_channel` is meant for the weight where it stands beside activations; those stay per tensor and the note says so.
+
+def _shaped(draft: Draft, calls: Sequence[Boundary], end: Sequence[Boundary], problems: Problems) -> None:
+    """Hold the activations of a draft against what its calls were given and what they returned.
+
+    A target of the type's setting that is no float tensor here (an argument left out, integer indices) is dropped; one that
+    was asked for is a problem.
     """
-    weight, notes = target not in ACTIVATION_TARGETS, []
-    own = rule.target_settings.get(target, {})
-    keys = {**setting[target], **rule.settings, **own}
-    granularity = keys["granularity"]
-    if granularity == "out_channel" and not weight:
-        if own.get("granularity") == "out_channel":
-            raise ConfigError(
-                f"{rule.where}['target_settings'][{target!r}]['granularity']: 'out_channel' is for weights; "
-                "activations take default or per_tensor."
-            )
-        notes.append("out_channel is for weights")
-        granularity = "per_tensor"
-    if granularity == "default":
-        granularity = "out_channel" if weight else "per_tensor"
-    scheme: Any = keys["quant_scheme"]
-    shape: Any = granularity
-    return TensorSpec.make(keys["quant_dtype"], scheme, shape, weight=weight), tuple(notes)
-
-
-def _apply_rule(rule: Rule, modules: Mapping[str, nn.Module], drafts: dict[str, _Draft], problems: list[str]) -> None:
-    """Decide, for every module that a rule selects, the targets that it names."""
-    for name in _select(rule, modules, problems):
-        module = modules[name]
-        base = registered_base(type(module))
-        if base is None or module._parameters.get(WEIGHT) is None or "forward" in vars(module):
-            problems.append(f"{rule.where}: {_unfit(name, module)}")
-            continue
-        setting = setting_of(base)
-        wanted = rule.target_names if rule.target_names is not None else tuple(setting)
-        for target in dict.fromkeys([*wanted, *rule.target_settings]):
-            if target not in setting:
-                near = closest(target, setting, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                known = ", ".join(setting)
-                problems.append(f"{rule.where}: {name!r} ({base.__name__}) has no target {target!r}; it has {known}.{hint}")
-            elif target not in wanted:
-                problems.append(
-                    f"{rule.where}: target_settings has {target!r}, but target_names leaves it out; add it or drop its settings."
+    for target in [t for t in draft.targets if is_activation(t)]:
+        plan = draft.targets[target]
+        if is_input(target):
+            found = [call.inputs.get(target) for call in calls]
+        else:
+            found = [call.outputs.get(output_key(canonical_output(target), call.outputs) or "") for call in end]
+        seen = next((one for one in found if one is not None and one.floating), None)
+        if seen is None:
+            if target in draft.explicit:
+                what = next(
+                    (f"a {one.type}" for one in found if one is not None), "not given at all" if is_input(target) else "absent"
                 )
-            else:
-                _decide(rule, setting, target, drafts.setdefault(name, _Draft(module)), problems)
-
-
-def _unfit(name: str, module: nn.Module) -> str:
-    """Why a selected module cannot be quantized."""
-    if "forward" in vars(module):
-        return f"{name!r} has a forward of its own on the instance; what it computes is unknown. Leave it out."
-    if registered_base(type(module)) is not None:
-        return (
-            f"the weight of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it permanent first "
-            "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
-        )
-    known = registered_names()
-    derived = any(base.__name__ in known for base in type(module).__mro__)
-    own = " (a subclass with its own forward)" if derived else ""
-    return f"{name!r} is a {type(module).__name__}{own}, which has no quantization setting; registered: {', '.join(known)}."
-
-
-def _decide(rule: Rule, setting: Mapping[str, Mapping[str, str]], target: str, draft: _Draft, problems: list[str]) -> None:
-    try:
-        spec, notes = _resolve(rule, setting, target)
-    except ConfigError as error:
-        if str(error) not in problems:
-            problems.append(str(error))
-        return
-    before = draft.targets.get(target)
-    if before is not None:
-        notes = (*notes, f"overrules {before.decided_by}")
-    draft.targets[target] = TargetPlan(target=target, spec=spec, decided_by=rule.where, notes=notes)
-    if target in (rule.target_names or ()) or target in rule.target_settings:
-        draft.explicit.add(target)
-
-
-# -- fuse groups ------------------------------------------------------------------------------------------------------
-
-
-def _collect_groups(
-    rules: Sequence[Rule], modules: Mapping[str, nn.Module], drafts: dict[str, _Draft], problems: list[str]
-) -> None:
-    """Give every draft its group, after the checks that need the modules but no forward."""
-    owner: dict[str, tuple[str, ...]] = {}
-    for rule in rules:
-        selected = set(_select(rule, modules, []))
-        for group in rule.fuse_names:
-            problem = _group_problem(group, modules, selected)
-            taken = next((name for name in group if owner.get(name, group) != group), None)
-            if problem is None and taken is not None:
-                problem = f"{taken!r} is already fused in {owner[taken]!r}; a module belongs to one group."
-            if problem is not None:
-                problems.append(f"{rule.where}: fuse_names {group!r}: {problem}")
-            elif group[0] in drafts:
-                owner.update(dict.fromkeys(group, group))
-                drafts[group[0]].group = group
-
-
-def _group_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], selected: set[str]) -> str | None:
-    for name in group:
-        if name not in modules:
-            near = closest(name, modules)
-            return f"{name!r} is no module." + (f" Close: {', '.join(map(repr, near))}." if near else "")
-    members = [modules[name] for name in group]
-    if (problem := pattern_problem(members)) is not None:
-        return problem
-    if group[0] not in selected:
-        return f"{group[0]!r} heads the group, but this entry does not select it; add it to op_names."
-    patched = next((name for name, module in zip(group, members, strict=True) if "forward" in vars(module)), None)
-    if patched is not None:
-        return f"{patched!r} has a forward of its own on the instance; what it computes is unknown."
-    norm = members[1]
-    if isinstance(norm, BatchNorm):
-        weight = members[0].weight
-        features = len(weight) if isinstance(weight, nn.Parameter) else -1
-        if norm.num_features != features:
-            return f"{group[1]!r} has {norm.num_features} features, {group[0]!r} makes {features}."
-        if norm.running_var is None:
-            return f"{group[1]!r} has no running statistics (track_running_stats=False), so nothing can be folded."
-    return None
-
-
-def _flow_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], graph: Graph) -> str | None:
-    """Why the data does not flow through a group as its names say; None if it does."""
-    heads = graph.calls(group[0])
-    if not heads:
-        return f"{group[0]!r} is not called in the recorded forward."
-    return next((problem for name, after in pairwise(group) if (problem := _edge_problem(name, after, modules, graph))), None)
-
-
-def _edge_problem(name: str, after: str, modules: Mapping[str, nn.Module], graph: Graph) -> str | None:
-    """Why the module `after` does not simply carry on what `name` made; None if it does, at every call."""
-    calls, later = graph.calls(name), graph.calls(after)
-    if any(call.index in graph.side_effects for call in later):
-        return f"{after!r} works in place and its input is used afterwards by its old name; fused, nothing is written there."
-    if len(calls) != len(later):
-        return f"{after!r} is called {len(later)} times and {name!r} {len(calls)} times; a shared module cannot be fused."
-    for call, follower in zip(calls, later, strict=True):
-        readers = [node.name for node in graph.readers(call.index)]
-        found = f"that is read by {', '.join(map(repr, readers)) or 'nothing'}"
-        if call.index not in follower.reads:
-            return f"{after!r} does not read the output of {name!r} ({found})."
-        if len(readers) > 1 or call.index in graph.outputs:
-            others = [repr(reader) for reader in readers if reader != after]
-            others += ["the model's output"] * (call.index in graph.outputs)
-            return f"the output of {name!r} is also read by {', '.join(others)}; fused, it would not exist."
-        if isinstance(modules[after], nn.BatchNorm1d) and isinstance(modules[name], nn.Conv1d) and follower.dims == 2:
-            return f"{after!r} normalises dimension 1 of an input without a batch dimension; give batches (N, C, L)."
-        if isinstance(modules[after], nn.BatchNorm1d) and isinstance(modules[name], nn.Linear) and follower.dims != 2:
-            return f"{after!r} normalises dimension 1 of a {follower.dims}-D input; it folds into a Linear only on 2-D."
-    return None
+                known = ", ".join([*(calls[0].inputs if is_input(target) else end[0].outputs)]) or "none"
+                problems.append(
+                    f"{plan.decided_by}: {target!r} of {draft.name!r} is no floating-point tensor in the recorded forward: it "
+                    f"is {what}; there are {known}."
+                )
+            del draft.targets[target]
+            continue
+        draft.targets[target], problem = fitted(plan, seen.shape)
+        if problem is not None:
+            problems.append(f"{plan.decided_by}: {target!r} of {draft.name!r}: {problem}.")
+    if INPUT in draft.targets and not is_head(draft.module):
+        others = [t for t, one in calls[0].inputs.items() if one.floating and t not in draft.targets]
+        draft.notes.extend(f"{target} stays float (name it in target_names)" for target in others)
 
 
 # -- what the recorded forward decides --------------------------------------------------------------------------------
 
 
-def _share_inputs(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
-    """One quantizer per tensor: an input that arrives rounded on an equal grid needs none, two readers share one."""
-    ends = {call.index: layer for layer in layers for call in graph.calls(layer.end)}
-    order = sorted(layers, key=lambda layer: graph.calls(layer.name)[0].index)
-    first_reader: dict[tuple[int, TensorSpec], str] = {}
-    source: dict[str, str] = {}
+def _ends(layers: Sequence[LayerPlan], graph: Graph) -> dict[int, tuple[LayerPlan, str]]:
+    """The node that makes a layer's one output -> (layer, that output's target); outputs that stay float count, too."""
+    ends: dict[int, tuple[LayerPlan, str]] = {}
+    for layer in layers:
+        for call in graph.boundaries.get(layer.end, ()):
+            made = {key: seen for key, seen in call.outputs.items() if seen.shape is not None}
+            if len(made) == 1:
+                (key, seen), *_ = made.items()
+                target = next((t for t in layer.targets if not is_input(t) and output_key(t, call.outputs) == key), OUTPUT)
+                ends[seen.source] = (layer, target)
+    return ends
+
+
+def _rounded_output(layer: LayerPlan, target: str) -> TargetPlan | None:
+    plan = layer.targets.get(target)
+    return plan if plan is not None and plan.active else None
+
+
+def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
+    """One quantizer per tensor: an input that arrives rounded on an equal grid needs none, two readers share one.
+
+    A module that only hands values on (a pool, say) has one range for what comes in and what goes out.
+    """
+    layers = [_passed_on(layer, graph) for layer in layers]
+    ends = _ends(layers, graph)
+    stops = {index for index, end in ends.items() if _rounded_output(*end) is not None}
+    order = sorted(layers, key=lambda layer: graph.boundaries[layer.name][0].order)
+    first_reader: dict[tuple[int, tuple[Any, ...]], str] = {}
+    source: dict[tuple[str, str], str] = {}
+
+    def origin(index: int) -> int:
+        while index >= 0 and index not in stops and graph.nodes[index].passing and graph.nodes[index].reads:
+            index = graph.nodes[index].reads[0]
+        return index
+
     for layer in order:
-        target = layer.targets.get(INPUT)
-        if target is None:
-            continue
-        reads = {call.reads[0] if call.reads else -1 for call in graph.calls(layer.name)}
-        makers = {ends[o].name if o in ends else "" for o in map(graph.origin, reads)}
-        maker = next((p for p in layers if p.name in makers), None) if len(makers) == 1 else None
-        if maker is not None and OUTPUT in maker.targets and maker.targets[OUTPUT].spec == target.spec:
-            source[layer.name] = f"{maker.name}.{OUTPUT}"
-        elif len(reads) == 1 and min(reads) >= 0:
-            owner = first_reader.setdefault((min(reads), target.spec), layer.name)
-            if owner != layer.name:
-                source[layer.name] = f"{owner}.{INPUT}"
+        for target, plan in layer.targets.items():
+            if not is_input(target) or not plan.active:
+                continue
+            reads = {call.inputs[target].source if target in call.inputs else -1 for call in graph.boundaries[layer.name]}
+            # Blocks have the dimensions of their tensor, which a reshape on the way may have changed.
+            whole = plan.spec.granularity == "per_tensor"
+            makers = [ends.get(origin(index) if whole else index) for index in reads]
+            maker = makers[0] if all(m is not None and m == makers[0] for m in makers) else None
+            made = None if maker is None or layer.name.startswith(f"{maker[0].name}.") else _rounded_output(*maker)
+            if made is not None and made.spec.grid == plan.spec.grid:
+                assert maker is not None
+                source[layer.name, target] = f"{maker[0].name}.{maker[1]}"
+            elif len(reads) == 1 and min(reads) >= 0:
+                own = f"{layer.name}.{target}"
+                owner = first_reader.setdefault((min(reads), plan.spec.grid), own)
+                if owner != own:
+                    source[layer.name, target] = owner
     return [
-        replace(layer, targets={**layer.targets, INPUT: replace(layer.targets[INPUT], source=source[layer.name])})
-        if layer.name in source
-        else layer
+        replace(layer, targets={t: replace(p, source=source.get((layer.name, t), p.source)) for t, p in layer.targets.items()})
         for layer in layers
     ]
 
 
+def _passed_on(layer: LayerPlan, graph: Graph) -> LayerPlan:
+    nodes = graph.calls(layer.name)
+    given, made = layer.targets.get(INPUT), layer.targets.get(OUTPUT)
+    if not nodes or not all(node.passing for node in nodes) or given is None or made is None:
+        return layer
+    one_scale = given.spec.granularity == "per_tensor"
+    if not (given.active and made.active and one_scale) or given.spec.grid != made.spec.grid:
+        return layer
+    return replace(layer, targets={**layer.targets, OUTPUT: replace(made, source=f"{layer.name}.{INPUT}")})
+
+
 def _free_last_output(layer: LayerPlan, layers: list[LayerPlan], explicit: set[str], graph: Graph) -> LayerPlan:
     """High-precision output: a last weighted layer keeps a float output unless `_output_` was asked for by name."""
-    if OUTPUT not in layer.targets or OUTPUT in explicit:
+    if not layer.folds or OUTPUT not in layer.targets or OUTPUT in explicit:
         return layer
-    after = set().union(*(graph.downstream(call.index) for call in graph.calls(layer.end)))
-    names = {graph.nodes[index].name for index in after if graph.nodes[index].kind == "module"}
-    if any(other.name in names for other in layers):
-        return layer
+    ends = {call.index for call in graph.calls(layer.end)}
+    after = ends.union(*(graph.downstream(index) for index in ends))
+    for other in layers:
+        calls = graph.boundaries.get(other.name, ())
+        if other.name != layer.name and any(seen.source in after for call in calls for seen in call.inputs.values()):
+            return layer
     if layer.type != "Linear":
         return replace(layer, notes=(*layer.notes, "last layer, output quantized: no int8 convolution has a float output"))
     targets = {name: target for name, target in layer.targets.items() if name != OUTPUT}
     return replace(layer, targets=targets, notes=(*layer.notes, "last layer: float output"))
 
 
-def _finish(draft: _Draft, name: str, modules: Mapping[str, nn.Module]) -> LayerPlan:
-    base = registered_base(type(draft.module))
-    assert base is not None
-    norm = next((n for n in draft.group[1:] if isinstance(modules[n], BatchNorm)), None)
-    act = next((n for n in draft.group[1:] if activation_cap(modules[n]) is not None), None)
-    order = [t for t in (INPUT, WEIGHT, OUTPUT) if t in draft.targets]
-    if INPUT in order and WEIGHT not in order:
-        draft.notes.append("float weight: onnxruntime rounds it by itself where input and output are quantized")
-    elif INPUT not in order:
-        draft.notes.append("no input grid: float arithmetic")
-    elif OUTPUT not in order and base is not nn.Linear:
-        draft.notes.append("no output grid: float arithmetic")
-    return LayerPlan(
-        name=name,
-        type=base.__name__,
-        batch_norm=norm,
-        activation=act,
-        targets={target: draft.targets[target] for target in order},
-        notes=tuple(draft.notes),
-    )
+# -- the whole --------------------------------------------------------------------------------------------------------
 
 
 def make_plan(
     model: nn.Module,
-    config_list: Sequence[Mapping[str, Any]],
+    config_list: Any,
     *,
     example_input: Any = None,
+    settings: Mapping[str, Setting] | None = None,
     root: str | None = None,
 ) -> Plan:
     """Decide what `config_list` means for `model`; changes nothing.
 
     Args:
         model: the float model.
-        config_list: see `parse_rules`.
+        config_list: a list of entries, one entry, a preset's name or a YAML or JSON path; see `parse_rules`.
         example_input: what `model` (or its submodule `root`) is called with: a tensor, a tuple of positional arguments,
             a dict of keyword arguments or (tuple, dict). One forward in eval mode is recorded with it, which proves fuse
             groups and finds shared tensors. Without it nothing can be fused and every input has its own quantizer.
+        settings: settings of module types for this plan alone, over the registered ones: class name or dotted path -> target
+            -> keys, as in `QuantizationSetting.register`; or a path.
         root: name of the submodule that the names in `config_list` are relative to; None for `model` itself.
 
     Raises:
@@ -378,7 +262,10 @@ def make_plan(
     """
     scope = scope_of(model, root)
     graph = None if example_input is None else record_forward(scope, example_input)
-    return plan_from_graph(model, config_list, graph, root=root)
+    config_list = read_config(config_list, presets=PRESETS)
+    if settings is not None:
+        settings = read_config(settings, presets=(), name="settings")
+    return plan_from_graph(model, config_list, graph, settings=settings, root=root)
 
 
 def scope_of(model: nn.Module, root: str | None) -> nn.Module:
@@ -405,69 +292,122 @@ def record_forward(model: nn.Module, example_input: Any, entry: nn.Module | None
 
 def plan_from_graph(
     model: nn.Module,
-    config_list: Sequence[Mapping[str, Any]],
+    config_list: Any,
     graph: Graph | None,
     *,
+    settings: Mapping[str, Setting] | None = None,
     root: str | None = None,
     no_graph_because: str = "no example_input was given",
 ) -> Plan:
     """`make_plan` on a forward that was recorded already (of `root`, names relative to it), or on none."""
     rules = parse_rules(config_list)
-    modules = dict(scope_of(model, root).named_modules())
+    local = parse_settings(settings)
+    modules = Modules(scope_of(model, root))
     if any(is_group_head(module) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is already prepared; call restore_model(model) before planning again.")
-    problems: list[str] = []
-    drafts: dict[str, _Draft] = {}
-    for rule in rules:
-        _apply_rule(rule, modules, drafts, problems)
-    _collect_groups(rules, modules, drafts, problems)
-    raise_problems(list(dict.fromkeys(problems)))
+    problems: Problems = []
     notes: list[str] = []
+    drafts: dict[str, Draft] = {}
+    chosen = {rule.where: apply_rule(rule, modules, drafts, problems, notes, local) for rule in rules}
+    collect_groups(rules, chosen, modules, drafts, problems)
     if graph is None:
         if any(draft.group for draft in drafts.values()):
-            raise ConfigError(
+            problems.append(
                 f"fuse_names: nothing is fused unseen, and there is no recorded forward ({no_graph_because}); give "
                 "example_input, what the model is called with, so that one forward can show that each member reads the one "
                 "before it and nothing else does."
             )
+        auto = ", nothing is fused" if any(draft.auto for draft in drafts.values()) else ""
         notes.append(
-            f"no recorded forward ({no_graph_because}): every input has its own quantizer and every output is quantized; "
+            f"no recorded forward ({no_graph_because}): every input has its own quantizer and every output is quantized{auto}; "
             "give example_input to share them"
         )
-    layers = _layers(drafts, modules, graph, notes)
+    layers = _layers(drafts, modules.by_name, graph, notes, problems)
     prefix = f"{root}." if root else ""
     return Plan(layers=tuple(_renamed(layer, prefix) for layer in layers), notes=tuple(notes))
 
 
+def parse_settings(settings: Any) -> dict[str, Setting] | None:
+    """The `settings` argument, checked: class name or dotted path -> target -> keys.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    if settings is None:
+        return None
+    problems: Problems = []
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"settings: expected a dict from module type to setting, got {settings!r}.")
+    local = {
+        str(name): checked_setting(setting, QUANTIZATION, f"settings[{name!r}]", problems) for name, setting in settings.items()
+    }
+    raise_problems(problems)
+    return local
+
+
 def _layers(
-    drafts: Mapping[str, _Draft], modules: Mapping[str, nn.Module], graph: Graph | None, notes: list[str]
+    drafts: dict[str, Draft], modules: Mapping[str, nn.Module], graph: Graph | None, notes: list[str], problems: Problems
 ) -> list[LayerPlan]:
     """The layers in the order of the model, checked against the recorded forward where there is one."""
     names = [name for name in modules if name in drafts]
     if graph is None:
-        return [_finish(drafts[name], name, modules) for name in names]
-    problems: list[str] = []
-    layers: list[LayerPlan] = []
+        for name in names:
+            targets = drafts[name].targets
+            targets.update({t: fitted(plan, None)[0] for t, plan in targets.items() if is_activation(t)})
+        raise_problems(problems)
+        return [_layer(drafts[name], modules) for name in names]
     for name in names:
-        draft, calls = drafts[name], graph.calls(name)
-        if draft.group and (problem := _flow_problem(draft.group, modules, graph)):
-            problems.append(f"fuse_names {draft.group!r}: {problem}")
-        elif not calls:
-            notes.append(f"{name} ({type(draft.module).__name__}) is not called in the recorded forward and stays float")
-        else:
-            hooked = [n for n in (draft.group or (name,)) if modules[n]._forward_hooks or modules[n]._forward_pre_hooks]
-            if hooked:
-                draft.notes.append(f"hooks on {', '.join(hooked)} run while training and are not deployed")
-            if len(calls) > 1:
-                draft.notes.append(f"called {len(calls)} times: one range for all")
-            layers.append(_finish(draft, name, modules))
+        if name in drafts:
+            _against_forward(drafts[name], drafts, modules, graph, notes, problems)
     raise_problems(problems)
+    layers = [_layer(drafts[name], modules) for name in names if name in drafts]
     if not layers:
         raise ConfigError(
             "config_list: none of the selected modules is called in the recorded forward; check example_input and root."
         )
     layers = [_free_last_output(layer, layers, drafts[layer.name].explicit, graph) for layer in layers]
-    return _share_inputs([layer for layer in layers if layer.targets], graph)
+    if not any(layer.targets for layer in layers):
+        raise ConfigError("config_list: the recorded forward left no target to quantize; name one in target_names.")
+    return _share([layer for layer in layers if layer.targets], graph)
+
+
+def _against_forward(
+    draft: Draft,
+    drafts: dict[str, Draft],
+    modules: Mapping[str, nn.Module],
+    graph: Graph,
+    notes: list[str],
+    problems: Problems,
+) -> None:
+    """Check one draft against its calls, find its group, and note what there is to note; drops it if it is not called."""
+    name, calls = draft.name, graph.boundaries.get(draft.name, ())
+    if draft.auto and calls and not draft.group:
+        taken = {member for other in drafts.values() for member in other.group}
+        taken |= {other.name for other in drafts.values() if other.named}
+        draft.group = auto_group(name, modules, graph, taken, fold_norm="bias" not in draft.targets)
+        absorb(draft, drafts, quietly=True)
+    elif draft.group and (problem := flow_problem(draft.group, modules, graph)):
+        problems.append(f"{draft.fused_by}: fuse_names {draft.group!r}: {problem}")
+        return
+    if not calls:
+        del drafts[name]
+        # An attention layer reads the weight of its out_proj past the call, and has it as a target of its own.
+        owners = (other for other in drafts.values() if name.startswith(f"{other.name}."))
+        if not any(f"{name.removeprefix(f'{other.name}.')}.weight" in other.targets for other in owners):
+            notes.append(f"{name} ({type(draft.module).__name__}) is not called in the recorded forward and stays float")
+        return
+    if "bias" in draft.targets and any(isinstance(modules[member], BatchNorm) for member in draft.group):
+        problems.append(
+            f"{draft.targets['bias'].decided_by}: 'bias' of {name!r} has no grid of its own: batch norm folds into it, and a "
+            "folded bias is int32 on the layer's grid by itself; leave it out of the targets."
+        )
+    hooked = [n for n in (draft.group or (name,)) if modules[n]._forward_hooks or modules[n]._forward_pre_hooks]
+    if hooked:
+        draft.notes.append(f"hooks on {', '.join(hooked)} run while training and are not deployed")
+    if len(calls) > 1:
+        draft.notes.append(f"called {len(calls)} times: one range for all")
+    end = graph.boundaries.get(draft.group[-1], ()) if draft.group else calls
+    _shaped(draft, calls, end, problems)
 
 
 def _renamed(layer: LayerPlan, prefix: str) -> LayerPlan:

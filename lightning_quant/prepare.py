@@ -8,13 +8,19 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from lightning_quant.config import INPUT, OUTPUT, WEIGHT, ConfigError
-from lightning_quant.fusion import FusedGroup, activation_cap, group_of, install, is_group_head, uninstall
+from lightning_quant.config import ConfigError
+from lightning_quant.fusion import FusedGroup, activation_cap, install
+from lightning_quant.graph import moved
+from lightning_quant.group import Group, group_of, is_group_head, join, leave
+from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
 from lightning_quant.plan import LayerPlan, Plan
-from lightning_quant.quantizers import ActivationQuantizer
+from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
 from lightning_quant.schedule import Phase
+from lightning_quant.targets import Arguments, is_activation, is_input
+from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
 
 def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
@@ -36,9 +42,13 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
             f"the plan names {', '.join(map(repr, missing))}, which {type(model).__name__} lacks; make the plan anew."
         )
     quantizers = _make_quantizers(plan, modules)
-    groups = [(_make_group(layer, quantizers, modules), modules[layer.name]) for layer in plan.layers]
+    sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
+    groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
     for group, head in groups:
-        install(group, head)
+        if isinstance(group, FusedGroup):
+            install(group, head)
+        else:
+            join(group, head, WrappedModule)
     for module in model.modules():
         # torch's fused encoder kernel reads the weights of linear1 and linear2 itself and would pass our layers by. It
         # asks this attribute first; the copy that is deployed needs the same.
@@ -56,30 +66,55 @@ def _make_quantizers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, 
     quantizers: dict[str, ActivationQuantizer] = {}
     for layer in plan.layers:
         cap = None if layer.activation is None else activation_cap(modules[layer.activation])
-        for target in (INPUT, OUTPUT):
-            if target in layer.targets and layer.targets[target].source is None:
-                name, rectified = f"{layer.name}.{target}", target == OUTPUT and cap is not None
-                quantizers[name] = ActivationQuantizer(
-                    layer.targets[target].spec,
-                    name,
-                    rectified=rectified,
-                    cap=cap if rectified and cap is not None else math.inf,
+        for target, decided in layer.targets.items():
+            if is_activation(target) and decided.active and decided.source is None:
+                name, rectified = f"{layer.name}.{target}", not is_input(target) and cap is not None
+                kind = ActivationQuantizer if decided.spec.granularity == "per_tensor" else BlockQuantizer
+                quantizers[name] = kind(
+                    decided.spec, name, rectified=rectified, cap=cap if rectified and cap is not None else math.inf
                 )
     return quantizers
 
 
-def _make_group(layer: LayerPlan, quantizers: Mapping[str, ActivationQuantizer], modules: Mapping[str, nn.Module]) -> FusedGroup:
-    target = layer.targets.get(INPUT)
-    source = None if target is None else target.source
+def _make_group(
+    layer: LayerPlan,
+    quantizers: Mapping[str, ActivationQuantizer],
+    sources: Mapping[str, str | None],
+    modules: Mapping[str, nn.Module],
+) -> Group:
+    targets = {name: target for name, target in layer.targets.items() if target.active}
+
+    def shared(name: str) -> tuple[ActivationQuantizer, bool, bool]:
+        """(quantizer, whether this layer moves its range, whether the tensor arrives unrounded)."""
+        own = origin = f"{layer.name}.{name}"
+        while (further := sources[origin]) is not None:
+            origin = further
+        source = sources[own]
+        arrives_rounded = source is not None and (not is_input(name) or f".{OUTPUT}" in source)
+        return quantizers[origin], source is None, not arrives_rounded
+
+    parameters = {name: target.spec for name, target in targets.items() if not is_activation(name)}
+    module = modules[layer.name]
+    if not layer.folds:
+        arguments = Arguments(type(module))
+        found = [(arguments.find(name), shared(name)) for name in targets if is_input(name)]
+        return ModuleGroup(
+            layer.name,
+            inputs=[(argument, *how) for argument, how in found if argument is not None],
+            parameters=parameters,
+            outputs={name: shared(name) for name in targets if is_activation(name) and not is_input(name)},
+        )
+    given = shared(INPUT) if INPUT in targets else (None, True, True)
     return FusedGroup(
         layer.name,
         batch_norm=None if layer.batch_norm is None else modules[layer.batch_norm],
         activation=None if layer.activation is None else modules[layer.activation],
-        input=None if target is None else quantizers[source or f"{layer.name}.{INPUT}"],
-        input_owned=source is None,
-        input_applied=source is None or not source.endswith(f".{OUTPUT}"),
-        weight=layer.targets[WEIGHT].spec if WEIGHT in layer.targets else None,
-        output=quantizers[f"{layer.name}.{OUTPUT}"] if OUTPUT in layer.targets else None,
+        input=given[0],
+        input_owned=given[1],
+        input_applied=given[2],
+        weight=parameters.get(WEIGHT),
+        bias=parameters.get("bias"),
+        output=quantizers[f"{layer.name}.{OUTPUT}"] if OUTPUT in targets else None,
     )
 
 
@@ -89,15 +124,15 @@ def restore_model(model: nn.Module) -> nn.Module:
     Weights and batch-norm statistics stay as training left them. A model that is not prepared is returned as it is.
     """
     for module in model.modules():
-        uninstall(module)
+        leave(module)
         if isinstance(module, nn.TransformerEncoderLayer) and _FAST_PATH in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
     return model
 
 
-def fused_groups(model: nn.Module) -> dict[str, tuple[nn.Module, FusedGroup]]:
+def prepared_groups(model: nn.Module) -> dict[str, tuple[nn.Module, Group]]:
     """(head, group) by the head's name, in the order of the model; empty if it is not prepared."""
-    found: dict[str, tuple[nn.Module, FusedGroup]] = {}
+    found: dict[str, tuple[nn.Module, Group]] = {}
     for name, module in model.named_modules():
         group = group_of(module)
         if group is not None and is_group_head(module):
@@ -107,20 +142,20 @@ def fused_groups(model: nn.Module) -> dict[str, tuple[nn.Module, FusedGroup]]:
 
 def apply_phase(model: nn.Module, phase: Phase) -> None:
     """Set what the quantizers and batch norms of a prepared model do from the next forward on."""
-    for _, group in fused_groups(model).values():
+    for _, group in prepared_groups(model).values():
         group.phase = phase
 
 
 def drop_deployed_layers(model: nn.Module) -> None:
     """Have the next eval forward fold the parameters as they are then; for changes that neither train() nor eval() sees."""
-    for _, group in fused_groups(model).values():
+    for _, group in prepared_groups(model).values():
         group.deployed = None
 
 
 @contextlib.contextmanager
 def simulated(model: nn.Module) -> Iterator[None]:
     """Within this context eval mode simulates in float, batch norm unfolded, instead of running integers."""
-    groups = [group for _, group in fused_groups(model).values()]
+    groups = [group for _, group in prepared_groups(model).values()]
     before = [group.simulate for group in groups]
     for group in groups:
         group.simulate = True
@@ -131,14 +166,10 @@ def simulated(model: nn.Module) -> Iterator[None]:
             group.simulate = flag
 
 
-def quantizer_state(model: nn.Module) -> dict[str, dict[str, float | None]]:
-    """Every range of a prepared model by target name ('conv1._output_'), as plain numbers."""
-    state: dict[str, dict[str, float | None]] = {}
-    for _, group in fused_groups(model).values():
-        for quantizer in (group.input, group.output):
-            if quantizer is not None:
-                state[quantizer.name] = quantizer.state_dict()
-    return state
+def quantizer_state(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every range of a prepared model by target name ('conv1._output_'), as plain numbers or tensors on the host."""
+    groups = prepared_groups(model).values()
+    return {quantizer.name: quantizer.state_dict() for _, group in groups for quantizer in group.quantizers}
 
 
 def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -154,8 +185,8 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"the saved quantizers are of another config_list: missing {lacking}, unexpected {extra}. Use the config_list of "
             "that run, or load only its weights and start a new fit."
         )
-    for _, group in fused_groups(model).values():
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    for _, group in prepared_groups(model).values():
         group.deployed = None
-        for quantizer in (group.input, group.output):
-            if quantizer is not None:
-                quantizer.load_state_dict(state[quantizer.name])
+        for quantizer in group.quantizers:
+            quantizer.load_state_dict(moved(state[quantizer.name], device))

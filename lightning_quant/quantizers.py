@@ -11,6 +11,8 @@ The gradient is the clipped straight-through estimator (Jacob et al. 2018, arXiv
 1308.3432): 1 where the rounded value lies inside [qmin, qmax], ends included, 0 elsewhere. For values exactly half a
 step outside an end `hardtanh_backward` gives 0 where round-half-even may still land inside; nowhere else do the two differ.
 
+Other granularities have one scale for each block of a tensor (`Blocks` in keys.py), spread until it broadcasts.
+
 Nothing here is an `nn.Module`: quantizers must not be seen by `parameters()`, `buffers()` or `state_dict()`.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.config import TensorSpec
+from lightning_quant.config import ConfigError, TensorSpec
 
 MOMENTUM = 0.01
 # Below this a scale is no longer a normal step for float32 data; NNI and torch floor it at the same value.
@@ -50,8 +53,8 @@ class Grid:
     clip_high: int
 
     def unsigned(self) -> Grid:
-        """The same 256 values as uint8: int8 moved by 128, scale unchanged."""
-        shift = 128 if self.qmin < 0 else 0
+        """The same values as unsigned integers: int8 moved by 128, int4 by 8; scale unchanged."""
+        shift = self.qmax + 1 if self.qmin < 0 else 0
         return Grid(
             scale=self.scale,
             zero_point=self.zero_point + shift,
@@ -60,6 +63,33 @@ class Grid:
             clip_low=self.clip_low + shift,
             clip_high=self.clip_high + shift,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGrid:
+    """A grid for each block: float32 `scale` and `zero_point` that broadcast against the activation."""
+
+    scale: Tensor
+    zero_point: Tensor
+    spec: TensorSpec
+
+
+def block_range(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(least, greatest) value of each block; `kernel`: the block size along each dimension of x, -1 for all of it.
+
+    Shapes: x (d0, d1, ..), result (d0 / k0, d1 / k1, ..).
+    """
+    sizes = [size if block == -1 else block for block, size in zip(kernel, x.shape, strict=True)]
+    split = x.reshape([part for size, block in zip(x.shape, sizes, strict=True) for part in (size // block, block)])
+    dims = tuple(range(1, 2 * x.dim(), 2))
+    return split.amin(dims), split.amax(dims)
+
+
+def spread(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """One value a block, repeated along its block until it broadcasts against a tensor of `shape`."""
+    for dim, (have, want) in enumerate(zip(values.shape, shape, strict=True)):
+        values = values if have in (1, want) else values.repeat_interleave(want // have, dim)
+    return values
 
 
 def affine_range(low: float, high: float, spec: TensorSpec) -> tuple[float, int]:
@@ -112,11 +142,12 @@ class _FakeQuantizeDevice(torch.autograd.Function):
 
 
 class ActivationQuantizer:
-    """Observes one activation tensor and rounds it to its grid; per tensor, moving-average min/max.
+    """Observes one activation tensor and rounds it to its grid; one scale for the tensor.
 
-    The first observed batch sets the range, later ones move it: r <- r + 0.01 (r_batch - r) (Jacob et al. 2018). A batch
-    with NaN or infinity is left out and reported once. On CPU the range is two Python floats; on an accelerator two
-    0-dim float32 tensors that never leave it. All range arithmetic is float32 or better, whatever autocast says.
+    The first observed batch sets the range, later ones move it: r <- r + 0.01 (r_batch - r) (Jacob et al. 2018), or with
+    `observer: minmax` widen it to the least and greatest value seen. A batch with NaN or infinity is left out and reported
+    once. On CPU the range is two Python floats; on an accelerator two 0-dim float32 tensors that never leave it. All range
+    arithmetic is float32 or better, whatever autocast says.
 
     Args:
         spec: the grid.
@@ -129,6 +160,9 @@ class ActivationQuantizer:
         self.spec, self.name, self.rectified, self.cap = spec, name, rectified, cap
         self.low: float | Tensor | None = None
         self.high: float | Tensor | None = None
+        self.changes = 0  # counts what moved the range, so that what was built on it can tell
+        # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
+        self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
 
     @property
@@ -141,6 +175,7 @@ class ActivationQuantizer:
         x = x.detach()
         if x.numel() == 0:
             return
+        self.changes += 1
         high = x.amax()
         low = high.new_zeros(()) if self.rectified else x.amin()
         if x.device.type == "cpu":
@@ -158,6 +193,8 @@ class ActivationQuantizer:
             high = min(max(high, 0.0), self.cap)
         if self.low is None or self.high is None:
             self.low, self.high = low, high
+        elif self.spec.observer == "minmax":
+            self.low, self.high = min(float(self.low), low), max(float(self.high), high)
         else:
             self.low, self.high = float(self.low), float(self.high)
             self.low += MOMENTUM * (low - self.low)
@@ -168,13 +205,14 @@ class ActivationQuantizer:
         if self.rectified:
             high = high.clamp(0.0, self.cap)
         if self.low is None or self.high is None:
-            self.low, self.high = low.new_full((), math.nan), low.new_full((), math.nan)
-        for name, new in (("low", low), ("high", high)):
+            self.low, self.high = torch.full_like(low, math.nan), torch.full_like(high, math.nan)
+        for name, new, widest in (("low", low, torch.minimum), ("high", high, torch.maximum)):
             old = torch.as_tensor(getattr(self, name), dtype=torch.float32, device=new.device)
-            moved = torch.where(torch.isnan(old), new, old + MOMENTUM * (new - old))  # NaN: no batch has counted yet
+            moved = widest(old, new) if self.spec.observer == "minmax" else old + MOMENTUM * (new - old)
+            moved = torch.where(torch.isnan(old), new, moved)  # NaN: no batch has counted yet
             setattr(self, name, torch.where(finite, moved, old))
 
-    def grid(self) -> Grid:
+    def grid(self) -> Grid | BlockGrid:
         """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
         assert self.low is not None and self.high is not None, self.name
         spec = self.spec
@@ -188,53 +226,115 @@ class ActivationQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""
-        if self.rectified and self.spec.scheme == "symmetric":
-            # With z in the middle of the grid the clamp cannot be the ReLU. Not x.clamp: its gradient at 0 is 1.
-            x = F.hardtanh(x, 0.0, self.cap)
+        if self.rectified and not self.absorbs:
+            x = F.hardtanh(x, 0.0, self.cap)  # not x.clamp: its gradient at 0 is 1
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         y = self._on_host(wide) if x.device.type == "cpu" else self._on_device(wide)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _on_host(self, x: Tensor) -> Tensor:
         grid = self.grid()
+        assert isinstance(grid, Grid)
         low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _round_to_grid(x, grid.scale, low, high)
         lower, upper = (low - 0.5) * grid.scale, (high + 0.5) * grid.scale
-        if self.rectified and self.spec.scheme == "affine":
+        if self.absorbs:
             lower, upper = 0.0, min(upper, self.cap)
+        if self.spec.apply_method == "clamp_round":
+            lower, upper = -math.inf, math.inf
         y: Tensor = _FakeQuantizeHost.apply(x, grid.scale, low, high, lower, upper)
         return y
 
     def _on_device(self, x: Tensor) -> Tensor:
         spec = self.spec
-        # The host reckons in double and rounds the scale to float32: so must the device, or zero points differ.
-        double = torch.float32 if x.device.type == "mps" else torch.float64
-        low, high = (torch.as_tensor(r, dtype=double, device=x.device) for r in (self.low, self.high))
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        if spec.scheme == "symmetric":
-            scale = (torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2)).float().clamp_(min=MIN_SCALE)
-            zero = torch.full_like(scale, (spec.qmax + spec.qmin + 1) // 2)
-        else:
-            scale = ((high - low) / (spec.qmax - spec.qmin)).float().clamp_(min=MIN_SCALE)
-            zero = (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax).float()
+        scale, zero = self._scale_and_zero(x.device)
         bottom, top = spec.qmin - zero, spec.qmax - zero
         lower, upper = (bottom - 0.5) * scale, (top + 0.5) * scale
-        if self.rectified and spec.scheme == "affine":
+        if self.absorbs:
             lower, upper = torch.zeros_like(upper), upper.clamp(max=self.cap)
+        if spec.apply_method == "clamp_round":
+            lower, upper = torch.full_like(lower, -math.inf), torch.full_like(upper, math.inf)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _round_to_grid(x, scale, bottom, top)
         y: Tensor = _FakeQuantizeDevice.apply(x, scale, bottom, top, lower, upper)
         return y
 
-    def state_dict(self) -> dict[str, float | None]:
+    def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """float32 scale and integer-valued zero point of the range, as tensors of its shape on `device`."""
+        spec = self.spec
+        # The host reckons in double and rounds the scale to float32: so must the device, or zero points differ.
+        double = torch.float32 if device.type == "mps" else torch.float64
+        low, high = (torch.as_tensor(r, dtype=double, device=device) for r in (self.low, self.high))
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if spec.scheme == "symmetric":
+            scale = (torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2)).float().clamp_(min=MIN_SCALE)
+            return scale, torch.full_like(scale, (spec.qmax + spec.qmin + 1) // 2)
+        scale = ((high - low) / (spec.qmax - spec.qmin)).float().clamp_(min=MIN_SCALE)
+        return scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax).float()
+
+    def state_dict(self) -> dict[str, Any]:
         """The range as plain numbers, None where there is none."""
         low, high = (None if value is None or math.isnan(value) else float(value) for value in (self.low, self.high))
         return {"low": low, "high": high}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a range saved by `state_dict`."""
         self.low, self.high = state["low"], state["high"]
+        self.changes += 1
+
+
+class BlockQuantizer(ActivationQuantizer):
+    """An activation with a scale for each block of its dimensions: one for each channel, say.
+
+    The range is a pair of float32 tensors on the device of the activation, shape (dimension / block) along every dimension;
+    that shape belongs to the layer, so a batch that would need another one is an error.
+    """
+
+    def observe(self, x: Tensor) -> None:
+        """Move the ranges by one batch; a block with NaN or infinity is left out."""
+        x = x.detach()
+        if x.numel() == 0:
+            return
+        self.changes += 1
+        low, high = (side.float() for side in block_range(x, self._kernel(x)))
+        if isinstance(self.low, Tensor) and self.low.shape != low.shape:
+            raise self._misfit(x, f"its ranges have the shape {tuple(self.low.shape)}, this batch needs {tuple(low.shape)}")
+        self._observe_device(torch.zeros_like(low) if self.rectified else low, high)
+
+    def _kernel(self, x: Tensor) -> tuple[int, ...]:
+        kernel = self.spec.kernel(x.dim())
+        if len(kernel) != x.dim() or any(block > 0 and size % block for block, size in zip(kernel, x.shape, strict=True)):
+            raise self._misfit(x, "which these blocks do not divide")
+        return kernel
+
+    def _misfit(self, x: Tensor, why: str) -> ConfigError:
+        return ConfigError(
+            f"{self.name}: granularity {self.spec.granularity} met a tensor of shape {tuple(x.shape)}: {why}. A scale for each "
+            "block needs dimensions of one size; use 'per_tensor' or -1 for those that change."
+        )
+
+    def grid(self) -> BlockGrid:
+        """Scales and zero points, each value repeated along its block: they broadcast against the activation."""
+        assert isinstance(self.low, Tensor), self.name
+        scale, zero = self._scale_and_zero(self.low.device)
+        return BlockGrid(scale=scale, zero_point=zero, spec=self.spec)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        for dim, block in enumerate(self.spec.kernel(values.dim())):
+            values = values.repeat_interleave(block, dim) if block > 1 else values
+        return values
+
+    def _on_host(self, x: Tensor) -> Tensor:
+        return self._on_device(x)
+
+    def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        scale, zero = super()._scale_and_zero(device)
+        return self._spread(scale), self._spread(zero)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ranges as tensors on the host, None where there are none."""
+        return {key: side.cpu() if isinstance(side, Tensor) else None for key, side in (("low", self.low), ("high", self.high))}
 
 
 # -- weights --------------------------------------------------------------------------------------------------------
@@ -251,12 +351,17 @@ class WeightGrid:
 def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
     """The grid of a weight by its range *now*: a lagging average would clip weights that grow (see fusion.py).
 
-    `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel
-    and () per tensor. A channel of zeros gets scale 1.
+    `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel,
+    () per tensor, and otherwise one value a block, spread over it. A channel of zeros gets scale 1.
     """
-    keep = spec.granularity == "out_channel"
-    dims = tuple(range(1 if keep else 0, weight.dim()))
-    high, low = weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep)
+    if spec.granularity in ("per_tensor", "out_channel"):
+        keep = spec.granularity == "out_channel"
+        dims = tuple(range(1 if keep else 0, weight.dim()))
+        high, low = (
+            (weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep)) if dims else (weight.clone(), weight.clone())
+        )
+    else:
+        low, high = (spread(side, weight.shape).clone() for side in block_range(weight, spec.kernel(weight.dim())))
     if spec.scheme == "symmetric":
         scale = _positive(torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2))
         zero = (spec.qmax + spec.qmin + 1) // 2
@@ -295,15 +400,16 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     """With a zero point: its own rounding can push an end of the range half a step over the grid, so a mask is kept."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, passes: bool) -> Tensor:
         q = torch.div(weight, scale).round_().add_(zero)
-        ctx.save_for_backward((q >= qmin).logical_and_(q <= qmax))
+        if not passes:
+            ctx.save_for_backward((q >= qmin).logical_and_(q <= qmax))
         return q.clamp_(qmin, qmax).sub_(zero).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None, None, None
+        grad = grads[0] * ctx.saved_tensors[0] if ctx.saved_tensors else grads[0]
+        return grad, None, None, None, None, None
 
 
 def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec) -> Tensor:
@@ -318,7 +424,10 @@ def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec
     above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
     own = torch.maximum(high / above, -low / below)
     step = grid.scale / fold
-    faint = (torch.maximum(high, -low) / step).round_() == 0
+    if step.dim() and step.numel() > fold.numel():  # blocks inside a channel: it is faint where all of it rounds to 0
+        faint = (weight.abs() / step).round_().amax(dims, keepdim=True) == 0
+    else:
+        faint = (torch.maximum(high, -low) / step).round_() == 0
     return torch.where(faint, torch.where(own > 0, own, 1.0), step)
 
 
@@ -341,5 +450,6 @@ def fake_quantize_weight(weight: Tensor, spec: TensorSpec, fold: Tensor | None =
     if grid.zero_point is None:
         y: Tensor = _RoundWeight.apply(weight, step)
     else:
-        y = _FakeQuantizeWeight.apply(weight, step, grid.zero_point, spec.qmin, spec.qmax)
+        passes = spec.apply_method == "clamp_round"
+        y = _FakeQuantizeWeight.apply(weight, step, grid.zero_point, spec.qmin, spec.qmax, passes)
     return y

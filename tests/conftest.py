@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_quant.settings import DistillationSetting, PruningSetting, QuantizationSetting
 
 torch.set_num_threads(1)  # small nets: a second thread costs more than it gives, and far more on a busy machine
 SHARED = Path(__file__).parents[2] / "shared"
@@ -48,6 +50,19 @@ def quiet_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**{**defaults, **options})
 
     return make
+
+
+@pytest.fixture
+def own_registries() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    tables: list[dict[Any, Any]] = [
+        table for owner in (QuantizationSetting, PruningSetting, DistillationSetting) for table in (owner.registry, owner._types)
+    ]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 class IntegerRecorder(TorchDispatchMode):

@@ -24,7 +24,7 @@ from torchmetrics import MeanMetric
 from toys import FUSED, Lit, Net, loader
 
 from lightning_quant import ConfigError, ParityError, QuantFusionCallback, Schedule, load_deployed
-from lightning_quant.prepare import fused_groups, quantizer_state
+from lightning_quant.prepare import prepared_groups, quantizer_state
 
 TrainerMaker = Callable[..., Trainer]
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -228,7 +228,7 @@ def test_root_makes_names_relative(quiet_trainer: TrainerMaker) -> None:
     callback = QuantFusionCallback(FUSED, root="net", verbose=0)
     model = Inner()
     quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader())
-    assert list(fused_groups(model)) == ["net.conv1", "net.conv2", "net.fc"]
+    assert list(prepared_groups(model)) == ["net.conv1", "net.conv2", "net.fc"]
     with pytest.raises(ConfigError, match=r"root 'nets' is no module of Inner. Close: 'net'"):
         quiet_trainer(max_epochs=1, callbacks=[QuantFusionCallback(FUSED, root="nets")]).fit(Inner(), loader())
 
@@ -288,7 +288,7 @@ def test_without_any_example_fusing_is_refused_with_the_reason(quiet_trainer: Tr
         ConfigError, match=r"no recorded forward \(a trial training step failed: no step today\); give example_input"
     ):
         fit(quiet_trainer, model, QuantFusionCallback(FUSED))
-    assert not fused_groups(model)
+    assert not prepared_groups(model)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_wrong_name_stops_fit_before_the_first_batch(quiet_trainer: TrainerMak
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MisconfigurationException, match=r"op_names 'conv9' matches no module. Close: 'conv"):
         fit(quiet_trainer, model, QuantFusionCallback([{"op_names": ["conv9"]}]))
-    assert not fused_groups(model)
+    assert not prepared_groups(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -335,7 +335,7 @@ class Phases(Callback):
         self.norms: list[Tensor] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        phase = next(iter(fused_groups(pl_module).values()))[1].phase
+        phase = next(iter(prepared_groups(pl_module).values()))[1].phase
         self.phases.append((phase.observe, phase.quantize, phase.freeze_batch_norm))
         self.ranges.append(quantizer_state(pl_module))
         self.norms.append(pl_module.bn1.running_mean.clone())  # type: ignore[union-attr,operator]
@@ -526,7 +526,7 @@ def test_fit_twice_goes_on_where_it_was(quiet_trainer: TrainerMaker) -> None:
     assert high is not None
     assert 0 < abs(high - low) <= 0.05 * abs(low), "one step of the moving average, not a fresh start"
     assert callback.deployed_model is not first
-    assert len(fused_groups(model)) == 3
+    assert len(prepared_groups(model)) == 3
 
 
 def test_a_second_fit_with_another_config_begins_anew(quiet_trainer: TrainerMaker) -> None:
@@ -534,7 +534,7 @@ def test_a_second_fit_with_another_config_begins_anew(quiet_trainer: TrainerMake
     fit(quiet_trainer, model, QuantFusionCallback(FUSED, verbose=0))
     callback = QuantFusionCallback([{"op_names": ["fc"]}], verbose=0)
     fit(quiet_trainer, model, callback)
-    assert list(fused_groups(model)) == ["fc"]
+    assert list(prepared_groups(model)) == ["fc"]
     assert callback.deployed_model is not None
     assert torch.equal(callback.deployed_model(X), evaluate(model))
 
@@ -555,7 +555,7 @@ def test_a_failed_resume_leaves_a_float_model(quiet_trainer: TrainerMaker, tmp_p
     model = Lit()
     with pytest.raises(ConfigError, match="another config_list"):
         fit(quiet_trainer, model, QuantFusionCallback(FUSED, verbose=0), 2, ckpt_path=tmp_path / "other.ckpt")
-    assert not fused_groups(model)
+    assert not prepared_groups(model)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -15,9 +15,9 @@ from toys import FUSED, Net
 
 from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
 from lightning_quant.config import TensorSpec
-from lightning_quant.fusion import fold, pattern_problem
+from lightning_quant.fusion import FusedGroup, fold, pattern_problem
 from lightning_quant.integer import Geometry
-from lightning_quant.prepare import apply_phase, fused_groups, simulated
+from lightning_quant.prepare import apply_phase, prepared_groups, simulated
 from lightning_quant.schedule import Phase
 
 BYPASS = Phase(observe=False, quantize=False)
@@ -324,7 +324,7 @@ def test_a_hook_between_members_makes_eval_simulate() -> None:
         watched = net(x)
         handle.remove()
         with simulated(net):
-            group = fused_groups(net)["conv1"][1]
+            group = prepared_groups(net)["conv1"][1]
             everything = net(x)
     assert seen[0].min() < 0, "the convolution's own output, not the end of the group"
     assert group.integer_pass is False
@@ -380,10 +380,13 @@ def test_copies_are_independent_and_equal(copier: Any) -> None:
     other = copier(net)
     with torch.no_grad():
         assert torch.equal(other.eval()(x), net.eval()(x))
-    low = fused_groups(net)["conv1"][1].output.high  # type: ignore[union-attr]
+    group, twin = (prepared_groups(model)["conv1"][1] for model in (net, other))
+    assert isinstance(group, FusedGroup) and group.output is not None
+    assert isinstance(twin, FusedGroup)
+    high = group.output.high
     other.train()(x * 100)
-    assert fused_groups(net)["conv1"][1].output.high == low  # type: ignore[union-attr]
-    assert fused_groups(other)["conv1"][1].batch_norm is other.bn1
+    assert group.output.high == high
+    assert twin.batch_norm is other.bn1
 
 
 def test_autocast_keeps_ranges_and_grids_in_float32() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the checks of `integer.py`: deployed layers against int64 arithmetic in numpy, and the five operators against torch."""
+"""Owns the checks of `integer.py`: deployed layers against int64 arithmetic in numpy, and the operators against torch."""
 
 from __future__ import annotations
 
@@ -576,15 +576,18 @@ def test_autocast_changes_nothing_in_a_partly_integer_layer(y: Grid | None) -> N
     ("weight", "x", "y", "words"),
     [
         (True, None, None, "int8 weight"),
-        (True, X, None, "int8 weight, uint8 input"),
-        (False, X, Y, "float weight, uint8 input, uint8 output"),
-        (False, None, Y, "float weight, uint8 output"),
+        (True, X, None, "int8 weight, rounded input"),
+        (False, X, Y, "float weight, rounded input, rounded output"),
+        (False, None, Y, "float weight, rounded output"),
     ],
 )
 def test_a_partly_integer_layer_says_what_it_is(weight: bool, x: Grid | None, y: Grid | None, words: str) -> None:
     folded = random_weight((6, 7)) if weight else (torch.randn(6, 7), torch.zeros(6, dtype=torch.float64))
     made = PartlyIntegerLayer(folded, Geometry.of(nn.Linear(7, 6)), x, y, None)
-    assert repr(made) == f"PartlyIntegerLayer(linear, (6, 7), {words}, float arithmetic)"
+    said = f"linear, (6, 7), {words}, float arithmetic"
+    children = [f"  ({name}): Rounding(0..255)\n" for name, g in (("x", x), ("y", y)) if g is not None]
+    expected = f"PartlyIntegerLayer(\n  {said}\n{''.join(children)})" if children else f"PartlyIntegerLayer({said})"
+    assert repr(made) == expected
 
 
 # -- the operators ------------------------------------------------------------------------------------------------------
@@ -610,6 +613,10 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "conv grid": (OPS.conv.default, (Q4D, 0.02, 120, W4D, SCALE, ZERO, BIAS, *WINDOW, *GRID)),
     "conv float": (OPS.conv.default, (Q4D, 0.02, 120, W4D, torch.tensor(0.1), None, BIAS, *WINDOW, *FLOAT)),
     "conv wide": (OPS.conv.default, (Q4D, 0.02, 120, W4D, SCALE, None, BIAS, *WINDOW, *WIDE)),
+    "quantize 16 bits": (OPS.quantize.default, (torch.randn(2, 3), 1e-4, 30000, 0, 65535)),
+    "dequantize 16 bits": (OPS.dequantize.default, (Q2D.to(torch.uint16), 0.02, 120)),
+    "dequantize_weight blocks": (OPS.dequantize_weight.default, (W2D, torch.rand(6, 1), ZERO.view(6, 1))),
+    "round_blocks": (OPS.round_blocks.default, (torch.randn(2, 4, 3), torch.rand(1, 4, 1), torch.zeros(1, 4, 1), 0, 15)),
 }
 
 
@@ -646,6 +653,21 @@ def test_dequantize_weight_by_hand() -> None:
     assert OPS.dequantize_weight(q, scale, None).tolist() == [[2.0, -2.0], [2.5, 0.0]]
     assert OPS.dequantize_weight(q, scale, zero).tolist() == [[1.0, -3.0], [3.0, 0.5]]
     assert OPS.dequantize_weight(q, torch.tensor(2.0), None).tolist() == [[8.0, -8.0], [20.0, 0.0]]
+
+
+def test_dequantize_weight_of_blocks_by_hand() -> None:
+    """Blocks of two along dimension 1, a scale for each row; a zero point for each row."""
+    q = torch.tensor([[4, -4, 1, 2], [10, 0, 3, 4]], dtype=torch.int8)
+    scale, zero = torch.tensor([[0.5, 2.0], [0.25, 1.0]]), torch.tensor([[2], [-2]], dtype=torch.int8)
+    assert OPS.dequantize_weight(q, scale, None).tolist() == [[2.0, -2.0, 2.0, 4.0], [2.5, 0.0, 3.0, 4.0]]
+    assert OPS.dequantize_weight(q, scale, zero).tolist() == [[1.0, -3.0, -2.0, 0.0], [3.0, 0.5, 5.0, 6.0]]
+
+
+def test_round_blocks_by_hand() -> None:
+    """Scales 1/2 and 2, zero points 10 and 0, levels 0..20; ties go to even."""
+    scale, zero = torch.tensor([[0.5, 2.0]]), torch.tensor([[10.0, 0.0]])
+    x = torch.tensor([[0.25, 1.0], [0.75, 3.0], [-99.0, -99.0], [99.0, 99.0]])
+    assert OPS.round_blocks(x, scale, zero, 0, 20).tolist() == [[0.0, 0.0], [1.0, 4.0], [-5.0, 0.0], [5.0, 40.0]]
 
 
 def test_linear_by_hand() -> None:

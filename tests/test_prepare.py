@@ -13,7 +13,7 @@ from torch import nn
 from toys import FUSED, Net
 
 from lightning_quant import ConfigError, make_plan, prepare_model, restore_model
-from lightning_quant.prepare import fused_groups, load_quantizer_state, quantizer_state
+from lightning_quant.prepare import load_quantizer_state, prepared_groups, quantizer_state
 
 
 def traces(net: nn.Module) -> tuple[object, ...]:
@@ -68,7 +68,7 @@ def test_prepare_again_after_restore() -> None:
     net = prepared(Net(), FUSED, torch.randn(2, 3, 8, 8)).train()
     sgd_steps(net, 1)
     prepared(restore_model(net), FUSED, torch.randn(2, 3, 8, 8))
-    assert list(fused_groups(net)) == ["conv1", "conv2", "fc"]
+    assert list(prepared_groups(net)) == ["conv1", "conv2", "fc"]
 
 
 def test_preparing_twice_is_an_error_and_changes_nothing() -> None:
@@ -89,7 +89,7 @@ def test_a_plan_of_another_model_is_an_error_and_changes_nothing() -> None:
     strange = replace(plan, layers=(*plan.layers, replace(plan.layers[0], name="conv9", batch_norm=None, activation=None)))
     with pytest.raises(ConfigError, match="the plan names 'conv9', which Net lacks"):
         prepare_model(net, strange)
-    assert not fused_groups(net)
+    assert not prepared_groups(net)
 
 
 def test_quantizer_state_makes_a_twin() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the small nets that several tests train."""
+"""Owns the small nets that several tests train, and what can be noticed of a model."""
 
 from __future__ import annotations
 
@@ -76,6 +76,16 @@ class Lit(LightningModule):
         if self.optimizer == "adam":
             return torch.optim.Adam(self.parameters(), lr=self.lr)
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """What a user could notice of a model: classes, flags, attributes, hooks and numbers."""
+    modules = [
+        (name, type(m), m.training, sorted(m.__dict__), [*m._forward_hooks.items()], [*m._forward_pre_hooks.items()])
+        for name, m in model.named_modules()
+    ]
+    numbers = [(key, id(value), value.dtype, value.tolist()) for key, value in model.state_dict(keep_vars=True).items()]
+    return [*modules, *numbers]
 
 
 def loader(n: int = 64, batch: int = 16, seed: int = 0, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:

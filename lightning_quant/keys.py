@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the words of a `config_list`: one row for each key, with its check, its default, its JSON schema and its text.
+
+`config.py` parses with these rows, `settings.py` checks registered settings with them, `schema.py` prints them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMES = ("affine", "symmetric")
+GRANULARITIES = ("default", "per_tensor", "out_channel", "in_channel", "per_channel")
+APPLY_METHODS = ("bypass", "clamp_round", "qat_clamp_round")
+OBSERVERS = ("default", "moving_average", "minmax")
+METHODS = ("qat",)
+INPUT, WEIGHT, OUTPUT = "_input_", "weight", "_output_"
+
+Problems = list[str]
+Check = Callable[[Any, str, Problems], Any]
+
+
+def closest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names in `known` nearest to `word`, best first; for "did you mean" texts."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+
+
+def guess(word: Any, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the nearest name, or nothing."""
+    near = closest(word, known, 1) if isinstance(word, str) else []
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def is_list(value: Any) -> bool:
+    """Whether `value` is a list in the sense of a config: any sequence but a string."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def unknown_key(key: Any, allowed: Iterable[str], where: str) -> str:
+    """The problem of a key that is not in `allowed`."""
+    names = sorted(allowed)
+    return f"{where}: unknown key {key!r}; allowed: {', '.join(names)}.{guess(key, names)}"
+
+
+# -- granularity ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """A granularity written as a list: the size of the block along each dimension that shares one scale; -1 is all of it.
+
+    NNI's padding rules, for a tensor with more dimensions than `sizes`: a bare list of sizes is padded at the *front* with
+    1, so `[1, -1]` on a (4, 2, 3, 3) weight is [1, 1, 1, -1] (a scale of shape (4, 2, 3, 1)), and equals `out_channel` only
+    for a 2-D weight. `[sizes, "back", -1]` pads at the back with -1: `[[1], "back", -1]` is `out_channel` for any weight. The
+    third item is what is padded, 1 if left out. A block size must divide its dimension.
+    """
+
+    sizes: tuple[int, ...]
+    side: str = "front"
+    pad: int = 1
+
+    def kernel(self, dims: int) -> tuple[int, ...]:
+        """The block size along each of `dims` dimensions; longer than that if there are too many sizes."""
+        padding = (self.pad,) * (dims - len(self.sizes))
+        return padding + self.sizes if self.side == "front" else self.sizes + padding
+
+    def __str__(self) -> str:
+        sizes = list(self.sizes)
+        return str(sizes if (self.side, self.pad) == ("front", 1) else [sizes, self.side, self.pad])
+
+
+def _sizes(value: Any) -> bool:
+    return is_list(value) and bool(value) and all(type(size) is int and (size == -1 or size > 0) for size in value)
+
+
+def _granularity(value: Any, where: str, problems: Problems) -> str | Blocks:
+    if isinstance(value, str):
+        if value not in GRANULARITIES:
+            problems.append(
+                f"{where}: {value!r} is not one of {', '.join(GRANULARITIES)}, nor a list of block sizes such as [1, -1]."
+                + guess(value, GRANULARITIES)
+            )
+        return value
+    if _sizes(value):
+        return Blocks(sizes=tuple(value))
+    if is_list(value) and len(value) in (2, 3) and _sizes(value[0]) and value[1] in ("front", "back"):
+        pad = value[2] if len(value) == 3 else 1
+        if type(pad) is int and (pad == -1 or pad > 0):
+            return Blocks(sizes=tuple(value[0]), side=value[1], pad=pad)
+    problems.append(
+        f"{where}: expected one of {', '.join(GRANULARITIES)}, block sizes such as [1, -1] (each positive, or -1 for the whole "
+        f"dimension) or [sizes, 'front' or 'back', padding], got {value!r}."
+    )
+    return "default"
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def choice(*allowed: str, synonyms: Mapping[str, str] | None = None) -> Check:
+    """A check for one word out of `allowed`."""
+
+    def check(value: Any, where: str, problems: Problems) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            meant = (synonyms or {}).get(value, value) if isinstance(value, str) else value
+            problems.append(f"{where}: {value!r} is not one of {', '.join(allowed)}.{guess(meant, allowed)}")
+        return str(value)
+
+    return check
+
+
+def _dtype(value: Any, where: str, problems: Problems) -> str:
+    found = re.fullmatch(r"(u?)int([1-9][0-9]*)", value) if isinstance(value, str) else None
+    if found is None:
+        near = guess(value, ("int8", "uint8", "int4", "uint4", "int16", "uint16"))
+        problems.append(f"{where}: {value!r} is no integer type; allowed: int2 to int16 and uint2 to uint16.{near}")
+    elif found[2] == "1":
+        problems.append(
+            f"{where}: {value!r} has one bit, which only the binary method can train, and this release has no such method; "
+            "allowed: int2 to int16 and uint2 to uint16."
+        )
+    elif len(found[2]) > 2 or int(found[2]) > 16:
+        problems.append(f"{where}: {value!r} has more than 16 bits; allowed: int2 to int16 and uint2 to uint16.")
+    return str(value)
+
+
+def names(value: Any, where: str, problems: Problems) -> tuple[str, ...]:
+    """A check for a list of strings; doubles are dropped."""
+    if not is_list(value) or not all(isinstance(name, str) for name in value):
+        example = value if isinstance(value, str) else "conv1"
+        problems.append(f"{where}: expected a list of strings, got {value!r}; write [{example!r}] for one name.")
+        return ()
+    if not value:
+        problems.append(f"{where}: the list is empty; name at least one, or leave the key out.")
+    return tuple(dict.fromkeys(value))
+
+
+def _patterns(value: Any, where: str, problems: Problems) -> tuple[str, ...]:
+    patterns = names(value, where, problems)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            problems.append(f"{where}: {pattern!r} is no regular expression: {error}.")
+    return patterns
+
+
+def _groups(value: Any, where: str, problems: Problems) -> tuple[tuple[str, ...], ...] | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not is_list(value):
+        problems.append(f"{where}: expected a list of groups such as [('conv1', 'bn1')] or 'auto', got {value!r}.")
+        return ()
+    if len(value) > 1 and all(isinstance(name, str) for name in value):
+        problems.append(f"{where}: expected a list of groups, got one group; write [{tuple(value)!r}].")
+        return ()
+    groups: list[tuple[str, ...]] = []
+    for position, group in enumerate(value):
+        place = f"{where}[{position}]"
+        if not is_list(group) or not all(isinstance(name, str) for name in group):
+            problems.append(f"{place}: expected a tuple or list of module names, got {group!r}.")
+        elif not 2 <= len(group) <= 3:
+            problems.append(f"{place}: a group has 2 or 3 names, got {len(group)}: {tuple(group)!r}.")
+        elif len(set(group)) < len(group):
+            problems.append(f"{place}: a name stands twice in {tuple(group)!r}; a module can be fused once.")
+        else:
+            groups.append(tuple(group))
+    return tuple(groups)
+
+
+def number(low: float, high: float, *, whole: bool = False, open_high: bool = False) -> Check:
+    """A check for a number in [low, high], or [low, high) where `open_high`; `whole`: an integer."""
+    limits = f"{low:g} to {high:g}" + (" (excluded)" if open_high else "")
+
+    def check(value: Any, where: str, problems: Problems) -> Any:
+        fits = isinstance(value, int) if whole else isinstance(value, int | float)
+        if not fits or isinstance(value, bool):
+            problems.append(f"{where}: expected {'an integer' if whole else 'a number'} from {limits}, got {value!r}.")
+        elif not low <= value <= high or (open_high and value == high):
+            problems.append(f"{where}: {value!r} is not in the range {limits}.")
+        return value
+
+    return check
+
+
+def _group_id(value: Any, where: str, problems: Problems) -> Any:
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        problems.append(f"{where}: expected an integer or a string that names the group, got {value!r}.")
+    return value
+
+
+def _align(value: Any, where: str, problems: Problems) -> Any:
+    keys = ("module_name", "target_name", "dims")
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: expected a dict with {', '.join(keys)}, got {value!r}.")
+        return {}
+    problems.extend(unknown_key(key, keys, where) for key in value if key not in keys)
+    if not isinstance(value.get("target_name"), str):
+        problems.append(f"{where}['target_name']: expected the name of a target, got {value.get('target_name')!r}.")
+    if not isinstance(value.get("module_name"), str | None):
+        problems.append(
+            f"{where}['module_name']: expected a module's name or None for the same module, got {value['module_name']!r}."
+        )
+    dims: Any = value.get("dims")
+    if not is_list(dims) or not all(type(dim) is int for dim in dims):
+        problems.append(f"{where}['dims']: expected a list of dimensions, got {dims!r}.")
+    return {**value, "dims": list(dims) if is_list(dims) else []}
+
+
+def _link(value: Any, where: str, problems: Problems) -> Any:
+    if not isinstance(value, str):
+        return list(names(value, where, problems))
+    return value
+
+
+# -- the rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One key: `schema` is the JSON schema of its value; `default`, `text` and `values` (of no `enum`) are for readers."""
+
+    check: Check
+    schema: Mapping[str, Any]
+    default: str
+    text: str
+    values: str = ""
+
+
+def check_keys(value: Any, rows: Mapping[str, Key], where: str, problems: Problems) -> dict[str, Any]:
+    """The keys of one target, checked; a key that is None counts as not given."""
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: expected a dict of settings, got {value!r}.")
+        return {}
+    problems.extend(unknown_key(key, rows, where) for key in value if key not in rows)
+    return {key: row.check(value[key], f"{where}[{key!r}]", problems) for key, row in rows.items() if value.get(key) is not None}
+
+
+def _target_settings(value: Any, where: str, problems: Problems) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: expected a dict from target to settings, got {value!r}.")
+        return {}
+    return {str(target): check_keys(keys, QUANTIZATION, f"{where}[{target!r}]", problems) for target, keys in value.items()}
+
+
+def _one_of(*allowed: str) -> dict[str, Any]:
+    return {"enum": list(allowed)}
+
+
+_NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_SIZES = {"type": "array", "minItems": 1, "items": {"type": "integer", "anyOf": [{"const": -1}, {"minimum": 1}]}}
+_SIDE = {"type": "array", "minItems": 2, "maxItems": 3, "prefixItems": [_SIZES, _one_of("front", "back"), {"type": "integer"}]}
+_GROUP = {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 3, "uniqueItems": True}
+
+
+def _selection(text: str, check: Check = names) -> Key:
+    return Key(check=check, schema=_NAMES, default="none", text=text, values="list of strings")
+
+
+SELECTION: dict[str, Key] = {
+    "op_names": _selection("Names of modules, as in `named_modules()`; relative to `root` where that is given."),
+    "op_names_re": _selection("Regular expressions on names, matched from the start (`re.match`), as in NNI.", _patterns),
+    "op_types": _selection(
+        "Types of modules: a class name (`Conv2d`), a dotted path (`torch.nn.Conv2d`) or a base class whose forward is kept."
+    ),
+    "exclude_op_names": _selection("Names that are taken out again."),
+    "exclude_op_names_re": _selection("Regular expressions on names that are taken out again.", _patterns),
+    "exclude_op_types": _selection("Types that are taken out again."),
+}
+QUANTIZATION: dict[str, Key] = {
+    "quant_dtype": Key(
+        check=_dtype,
+        schema={"type": "string", "pattern": "^u?int([2-9]|1[0-6])$"},
+        values="`int2` to `int16`, `uint2` to `uint16`",
+        default="parameters int8, activations uint8",
+        text="The integers: int2 to int16, uint2 to uint16. Parameters of `int<N>` end at -2^(N-1)+1, symmetric about zero, "
+        "and so do symmetric activations; affine activations have -2^(N-1), too. More than 8 bits run in float arithmetic.",
+    ),
+    "quant_scheme": Key(
+        check=choice(*SCHEMES, synonyms={"asymmetric": "affine"}),
+        schema=_one_of(*SCHEMES),
+        default="parameters symmetric, activations affine",
+        text="Whether the grid has a zero point (affine) or is symmetric about zero.",
+    ),
+    "granularity": Key(
+        check=_granularity,
+        schema={"anyOf": [_one_of(*GRANULARITIES), _SIZES, _SIDE]},
+        values=", ".join(f"`{name}`" for name in GRANULARITIES) + "; block sizes; `[sizes, side, padding]`",
+        default="default",
+        text="How many scales a tensor has. `default`: parameters one for each output channel (1-D parameters: one), activations "
+        "one. `per_tensor`: one. `out_channel`: one for each index of dimension 0; `in_channel`: of dimension 1 (parameters). "
+        "`per_channel`: of dimension 1 (activations). A list gives block sizes, -1 for a whole dimension: `[1, -1]` is padded at "
+        "the front with 1, `[[1], 'back', -1]` at the back with -1. What an entry says for all its targets applies where it can: "
+        "an activation that cannot have it keeps one scale, and the plan says so.",
+    ),
+    "apply_method": Key(
+        check=choice(*APPLY_METHODS),
+        schema=_one_of(*APPLY_METHODS),
+        default="qat_clamp_round",
+        text="`qat_clamp_round`: the gradient is 0 where a value was clipped (Jacob et al. 2018). `clamp_round`: it passes "
+        "everywhere. `bypass`: the target stays float.",
+    ),
+    "observer": Key(
+        check=choice(*OBSERVERS),
+        schema=_one_of(*OBSERVERS),
+        default="default",
+        text="How a range is found. `default`: activations `moving_average` (0.01 of each batch's minimum and maximum), "
+        "parameters by their values at every step. `minmax`: the smallest and largest value seen (activations).",
+    ),
+    "method": Key(
+        check=choice(*METHODS), schema=_one_of(*METHODS), default="qat", text="How the grid is trained. `qat`: straight-through."
+    ),
+}
+_TARGETS: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/target"}}
+ENTRY: dict[str, Key] = {
+    **SELECTION,
+    "target_names": Key(
+        check=names,
+        schema=_NAMES,
+        values="list of strings",
+        default="those of the type's setting, and those in target_settings",
+        text="Which tensors of a module: `_input_` (the first argument), `_input_1`, `_input_<argument>`, `_output_`, "
+        "`_output_1`, `_output_<key>` of a dict, and parameters by name (`weight`, `bias`, `p1`, `out_proj.weight`, `weight_*`).",
+    ),
+    "target_settings": Key(
+        check=_target_settings,
+        schema=_TARGETS,
+        values="dict from target to keys",
+        default="none",
+        text="For one target, any of the quantization keys; they overrule the entry's own, key by key.",
+    ),
+    "fuse_names": Key(
+        check=_groups,
+        schema={"anyOf": [{"const": "auto"}, {"type": "array", "items": _GROUP}]},
+        values="`auto`; list of lists of 2 or 3 names",
+        default="none",
+        text="Groups of 2 or 3 module names that become one layer: convolution or linear layer, batch norm, ReLU or ReLU6. "
+        "`auto` finds them in the recorded forward for every layer that the entry selects; `[]` takes back what earlier entries "
+        "asked.",
+    ),
+    **QUANTIZATION,
+}
+PRUNING: dict[str, Key] = {
+    "sparse_ratio": Key(check=number(0, 1), schema={}, default="None", text="Share of blocks that are masked."),
+    "sparse_threshold": Key(check=number(-1e30, 1e30), schema={}, default="None", text="Blocks with a smaller score are masked."),
+    "max_sparse_ratio": Key(check=number(0, 1), schema={}, default="None", text="At most this share."),
+    "min_sparse_ratio": Key(check=number(0, 1, open_high=True), schema={}, default="None", text="At least this share."),
+    "global_group_id": Key(check=_group_id, schema={}, default="None", text="Ranked together."),
+    "dependency_group_id": Key(check=_group_id, schema={}, default="None", text="One mask for all."),
+    "granularity": Key(check=_granularity, schema={}, default="default", text="What a block is."),
+    "internal_metric_block": Key(check=number(1, 2**31, whole=True), schema={}, default="None", text="Parts of a grouped layer."),
+    "align": Key(check=_align, schema={}, default="None", text="The mask follows that of another target."),
+    "apply_method": Key(check=choice("bypass", "mul", "add"), schema={}, default="mul", text="How the mask acts."),
+}
+DISTILLATION: dict[str, Key] = {
+    "lambda": Key(check=number(0, 1e30), schema={}, default="1.0", text="Weight of this loss."),
+    "link": Key(check=_link, schema={}, default="auto", text="The teacher's module, by name."),
+    "apply_method": Key(check=choice("mse", "kl"), schema={}, default="mse", text="The loss."),
+}

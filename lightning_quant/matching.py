@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns matching and precedence: which modules a rule selects, which of their targets, and what is decided for each.
+
+The order of precedence is stated and held in `resolve`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_quant.config import ConfigError, Rule, TensorSpec
+from lightning_quant.fusion import is_head
+from lightning_quant.keys import INPUT, OUTPUT, Blocks, Problems, closest, guess
+from lightning_quant.settings import (
+    ACTIVATION_DEFAULTS,
+    OPERATORS,
+    PARAMETER_DEFAULTS,
+    QuantizationSetting,
+    Setting,
+    dotted,
+    is_called,
+)
+from lightning_quant.targets import Arguments, canonical_output, is_activation, is_input, parameters_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPlan:
+    """One quantized target. `source`: the quantizer it shares ('conv1._output_'), or None if it has its own.
+
+    `lenient`: its granularity was said for all targets of an entry, so it falls to one scale where it does not fit.
+    """
+
+    target: str
+    spec: TensorSpec
+    decided_by: str
+    source: str | None = None
+    notes: tuple[str, ...] = ()
+    lenient: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether it is rounded at all."""
+        return self.spec.apply_method != "bypass"
+
+
+@dataclass
+class Draft:
+    """A selected module while its plan is being made.
+
+    `named`: op_names said so; `explicit`: targets that were named; `group`, `auto`: what is fused, or to be found, and
+    `fused_by`, the entry that says so.
+    """
+
+    name: str
+    module: nn.Module
+    targets: dict[str, TargetPlan] = field(default_factory=dict)
+    explicit: set[str] = field(default_factory=set)
+    group: tuple[str, ...] = ()
+    auto: bool = False
+    fused_by: str = ""
+    named: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def ordered(self) -> dict[str, TargetPlan]:
+        """The targets in the order of the data: arguments, parameters, outputs."""
+        rank = [*sorted(t for t in self.targets if is_input(t)), *parameters_named(self.module, "*")]
+        return {t: self.targets[t] for t in sorted(self.targets, key=lambda t: rank.index(t) if t in rank else len(rank))}
+
+
+class Modules:
+    """The modules of a model by name, each once; `aliases`: the further names of modules that have several."""
+
+    def __init__(self, scope: nn.Module) -> None:
+        self.by_name = dict(scope.named_modules())
+        first = {id(module): name for name, module in self.by_name.items()}
+        self.aliases = {
+            name: first[id(module)] for name, module in scope.named_modules(remove_duplicate=False) if first[id(module)] != name
+        }
+
+    def names_of(self, name: str) -> list[str]:
+        """Every name of the module called `name`."""
+        return [name, *(alias for alias, first in self.aliases.items() if first == name)]
+
+    def types(self) -> str:
+        """What the model has, for error texts."""
+        counts = Counter(type(module).__name__ for name, module in self.by_name.items() if name)
+        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) or "no modules"
+
+
+# -- selection --------------------------------------------------------------------------------------------------------
+
+
+def select(rule: Rule, modules: Modules, problems: Problems) -> list[str]:
+    """The names that a rule selects, in the order of the model: ((names or regexes) and types) minus excludes.
+
+    A module that is registered under several names is selected by any of them, once, under its first.
+    """
+    before = len(problems)
+    included = _by_name(rule, "", modules, problems)
+    excluded = _by_name(rule, "exclude_", modules, problems)
+    types = _by_type(rule, "op_types", modules, problems)
+    excluded |= _by_type(rule, "exclude_op_types", modules, problems)
+    every = set(modules.by_name) - {""}
+    chosen = (included if rule.op_names or rule.op_names_re else every) & (types if rule.op_types else every)
+    names = [name for name in modules.by_name if name in chosen - excluded]
+    if not names and len(problems) == before:
+        if rule.preset:
+            problems.append(f"{rule.where}: the model has no layer that this preset quantizes; it has {modules.types()}.")
+        elif chosen:
+            problems.append(f"{rule.where}: the exclude keys take back everything that is selected; drop one of them.")
+        else:
+            problems.append(f"{rule.where}: the names and op_types together select no module; drop one of the keys.")
+    return names
+
+
+def _by_name(rule: Rule, prefix: str, modules: Modules, problems: Problems) -> set[str]:
+    found: set[str] = set()
+    key = f"{prefix}op_names"
+    for name in getattr(rule, key):
+        first = name if name in modules.by_name else modules.aliases.get(name)
+        if first:
+            found.add(first)
+            continue
+        near = closest(name, [other for other in (*modules.by_name, *modules.aliases) if other])
+        hint = f" Close: {', '.join(map(repr, near))}." if near else ""
+        if re.search(r"[*^$\\+|(\[]", name):
+            hint += f" For a regular expression write {key}_re."
+        problems.append(
+            f"{rule.where}: {key} {name!r} matches no module.{hint} Layers built later are not visible before on_fit_start."
+        )
+    for pattern in getattr(rule, f"{key}_re"):
+        matched = {name for name in modules.by_name if name and any(re.match(pattern, n) for n in modules.names_of(name))}
+        if not matched:
+            some = ", ".join(map(repr, [name for name in modules.by_name if name][:5]))
+            problems.append(f"{rule.where}: {key}_re {pattern!r} matches no module; the model has {some}, ...")
+        found |= matched
+    return found
+
+
+def _by_type(rule: Rule, key: str, modules: Modules, problems: Problems) -> set[str]:
+    found: set[str] = set()
+    for type_name in getattr(rule, key):
+        matched = {name for name, module in modules.by_name.items() if name and is_called(type(module), type_name)}
+        if not matched and not rule.preset:
+            kinds = {c.__name__ for name, m in modules.by_name.items() if name for c in type(m).__mro__}
+            if type_name in kinds:
+                hint = " Its subclasses here have a forward of their own; name them by their own type."
+            else:
+                hint = guess(type_name.rpartition(".")[2], [type(m).__name__ for name, m in modules.by_name.items() if name])
+            if type_name in OPERATORS:
+                hint = " It is an operator that models call as a function; only modules can be quantized yet."
+            problems.append(f"{rule.where}: {key} {type_name!r} matches no module; the model has {modules.types()}.{hint}")
+        found |= matched
+    return found
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def apply_rule(
+    rule: Rule,
+    modules: Modules,
+    drafts: dict[str, Draft],
+    problems: Problems,
+    notes: list[str],
+    settings: Mapping[str, Setting] | None = None,
+) -> list[str]:
+    """Decide, for every module that a rule selects, the targets that it names; returns the names of those modules."""
+    soft = rule.preset or not (rule.op_names or rule.op_types)  # what a pattern sweeps up need not all be quantizable
+    before = len(problems)
+    left: dict[str, str] = {}  # what there is to say -> why
+    chosen: list[str] = []
+    for name in select(rule, modules, problems):
+        module = modules.by_name[name]
+        named = any(alias in rule.op_names for alias in modules.names_of(name))
+        setting = QuantizationSetting.find(type(module), settings)
+        if setting is None and rule.target_settings:
+            setting = {}  # a temporary full setting
+        if setting is None or "forward" in vars(module):
+            if soft and not named:
+                left[f"{name} ({type(module).__name__})"] = _unfit(name, module, settings)
+            else:
+                problems.append(f"{rule.where}: {_unfit(name, module, settings)}")
+            continue
+        own: Problems = []
+        targets = _targets(rule, setting, name, module, own)
+        if own and soft and not named:
+            reason = own[0].removeprefix(f"{rule.where}: ")
+            left[reason.rstrip(".")] = reason
+            continue
+        problems.extend(own)
+        chosen.append(name)
+        draft = drafts.setdefault(name, Draft(name, module))
+        draft.named |= named
+        aliases = [alias for alias in modules.names_of(name)[1:] if f"also called {alias}" not in draft.notes]
+        draft.notes.extend(f"also called {alias}" for alias in aliases)
+        for target, explicit in targets.items():
+            _decide(rule, setting, target, draft, explicit, problems)
+    if left and not chosen and len(problems) == before:
+        more = f" And {len(left) - 2} more." if len(left) > 2 else ""
+        problems.append(f"{rule.where}: nothing that it selects can be quantized. {' '.join([*left.values()][:2])}{more}")
+    elif left:
+        notes.append(f"{rule.where}: left as they are, without a setting: {', '.join(left)}")
+    return chosen
+
+
+def _unfit(name: str, module: nn.Module, settings: Mapping[str, Setting] | None) -> str:
+    """Why a selected module cannot be quantized, and how it could."""
+    if "forward" in vars(module):
+        return f"{name!r} has a forward of its own on the instance; what it computes is unknown. Leave it out."
+    kind, known = type(module), [*QuantizationSetting.registry, *(settings or {})]
+    base = next((c.__name__ for c in kind.__mro__ if c.__name__ in known), None)
+    own = "" if base is None else f" (a {base} with its own forward)"
+    near = closest(kind.__name__, known)
+    hint = f" Closest registered: {', '.join(near)}." if near else f" Registered are {', '.join(known[:6])} and others."
+    hint = hint if base is None else ""
+    parameters = "".join(f", {p!r}: {{}}" for p, tensor in module.named_parameters() if tensor.dim() > 1)
+    return (
+        f"{name!r} is a {kind.__name__}{own}, which has no quantization setting.{hint} To register one: "
+        f"QuantizationSetting.register({dotted(kind)!r}, {{'_input_': {{}}{parameters}, '_output_': {{}}}})"
+    )
+
+
+def _targets(rule: Rule, setting: Setting, name: str, module: nn.Module, problems: Problems) -> dict[str, bool]:
+    """The targets that a rule means, by their one name, and whether it named them itself."""
+    if problem := _unsteady(module):
+        problems.append(f"{rule.where}: {name!r} ({type(module).__name__}) {problem}")
+        return {}
+    found: dict[str, bool] = {}
+    for said in (rule.target_names or (), rule.target_settings):
+        spelled: dict[str, str] = {}
+        for target in said:
+            meant = expand(module, target)
+            for one in meant:
+                if spelled.setdefault(one, target) != target and "*" not in target + spelled[one]:
+                    problems.append(f"{rule.where}: {spelled[one]!r} and {target!r} are one target of {name!r}; name it once.")
+            if not meant:
+                problems.append(f"{rule.where}: {_parametrized(name, module, target) or _no_target(name, module, target)}")
+            elif said is rule.target_names or rule.target_names is None:
+                found.update(dict.fromkeys(meant, True))
+            elif not found.keys() & set(meant):
+                problems.append(
+                    f"{rule.where}: target_settings has {target!r}, but target_names leaves it out; add it or drop its settings."
+                )
+    computed = ["weight", "bias"] if is_head(module) else []  # a folded layer reads both, whether they are targets or not
+    if rule.target_names is None:
+        for target in setting:
+            meant = expand(module, target)
+            found.update({one: False for one in meant if one not in found})
+            computed += [] if meant else [target]
+    problems.extend(f"{rule.where}: {text}" for target in computed if (text := _parametrized(name, module, target)))
+    return found
+
+
+def _unsteady(module: nn.Module) -> str | None:
+    """Why the parameters of a module cannot be rounded for the length of a call; None if they can."""
+    if getattr(module, "max_norm", None) is not None:
+        return "has max_norm, which rewrites its weight in every forward; leave it out, or renormalise in the training step."
+    return None
+
+
+def expand(module: nn.Module, target: str) -> list[str]:
+    """The targets of `module` that a target's name means, by their one name; none if it has no such target."""
+    if is_input(target):
+        argument = Arguments(type(module)).find(target)
+        return [] if argument is None else [argument.target]
+    if target.startswith(OUTPUT):
+        one = canonical_output(target)
+        return [] if one != OUTPUT and is_head(module) else [one]
+    return parameters_named(module, target)
+
+
+def _no_target(name: str, module: nn.Module, target: str) -> str:
+    lead = f"{name!r} ({type(module).__name__}) has no target {target!r}"
+    if is_input(target):
+        return f"{lead}; the arguments of its forward are {Arguments(type(module))}."
+    owned = parameters_named(module, "*")
+    known = [INPUT, *owned, OUTPUT]
+    if target.replace(".", "").isidentifier() and getattr(module, target, 0) is None:
+        return f"{lead}: it is None there; it has {', '.join(known)}."
+    return f"{lead}; it has {', '.join(known)}.{guess(target, known)}"
+
+
+def _parametrized(name: str, module: nn.Module, target: str) -> str | None:
+    """What is wrong with a parameter that is there, but computed from others; None where it is not so."""
+    if is_activation(target) or parameters_named(module, target) or not isinstance(getattr(module, target, None), Tensor):
+        return None
+    return (
+        f"the {target} of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it permanent first "
+        "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
+    )
+
+
+# -- precedence -------------------------------------------------------------------------------------------------------
+
+
+def _decide(rule: Rule, setting: Setting, target: str, draft: Draft, explicit: bool, problems: Problems) -> None:
+    try:
+        spec, notes = resolve(rule, setting, target, draft.module)
+    except ConfigError as error:
+        problems.append(f"{error}")
+        return
+    before = draft.targets.get(target)
+    if before is not None:
+        notes = (*notes, f"overrules {before.decided_by}")
+    if spec.apply_method == "bypass":
+        notes = (*notes, "bypass: stays float")
+    own = matching_keys(rule.target_settings, target, draft.module)
+    lenient = "granularity" in rule.settings and "granularity" not in own
+    draft.targets[target] = TargetPlan(target=target, spec=spec, decided_by=rule.where, notes=notes, lenient=lenient)
+    if explicit:
+        draft.explicit.add(target)
+
+
+def matching_keys(settings: Mapping[str, Mapping[str, Any]], target: str, module: nn.Module) -> dict[str, Any]:
+    """The keys that apply to `target`, merged: what stands for several targets first, what names it alone last.
+
+    `_input_` also stands for every argument without keys of its own, `_output_` for every output, `weight_*` for parameters.
+    """
+    general = INPUT if is_input(target) else OUTPUT if target.startswith(OUTPUT) else None
+    merged: dict[str, Any] = {}
+
+    def merge(names: Iterable[str]) -> None:
+        for name in names:
+            merged.update({key: value for key, value in settings[name].items() if value is not None})
+
+    if general is None:
+        merge(name for name in settings if "*" in name and fnmatch.fnmatchcase(target, name))
+        merge(name for name in settings if name == target)
+    else:
+        merge(name for name in settings if name in (general, f"{general}0"))
+        merge(name for name in settings if name not in (general, f"{general}0") and target in expand(module, name))
+    return merged
+
+
+def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tuple[TensorSpec, tuple[str, ...]]:
+    """What one entry decides for one target, with notes.
+
+    Precedence within the entry, key by key: the defaults (parameters int8 symmetric, activations uint8 affine) <- the
+    type's setting <- the entry's shorthand keys <- its `target_settings`. A key that is None counts as not given. Between
+    entries the later one wins, per module and target, whole: it starts from the setting again.
+
+    A shorthand granularity is meant for the targets that can have it; the others keep theirs and a note says so. The same
+    granularity in `target_settings` or in a setting, where it names the target, is an error.
+
+    Raises:
+        ConfigError: for a granularity or observer that the target cannot have.
+    """
+    activation = is_activation(target)
+    own = matching_keys(rule.target_settings, target, module)
+    template = {**(ACTIVATION_DEFAULTS if activation else PARAMETER_DEFAULTS), **matching_keys(setting, target, module)}
+    keys = {**template, **rule.settings, **own}
+    place, notes = f"{rule.where}['target_settings'][{target!r}]", list[str]()
+    granularity, problem = _granularity(keys["granularity"], target, module)
+    if problem is not None and "granularity" in own:
+        raise ConfigError(f"{place}['granularity']: {problem}")
+    if problem is not None and "granularity" in rule.settings:
+        notes.append(problem.partition(";")[0])
+        granularity, problem = _granularity(template["granularity"], target, module)
+    if problem is not None:
+        raise ConfigError(f"QuantizationSetting of {type(module).__name__}[{target!r}]['granularity']: {problem}")
+    if not activation and own.get("observer", "default") != "default":
+        raise ConfigError(f"{place}['observer']: observers are for activations; a parameter's range is that of its values now.")
+    spec = TensorSpec.make(
+        keys["quant_dtype"],
+        keys["quant_scheme"],
+        granularity,
+        weight=not activation,
+        apply_method=keys.get("apply_method", "qat_clamp_round"),
+        observer=keys.get("observer", "default") if activation else "default",
+    )
+    return spec, tuple(notes)
+
+
+def _granularity(value: Any, target: str, module: nn.Module) -> tuple[str | Blocks, str | None]:
+    """(the granularity in its plainest form, why the target cannot have it or None)."""
+    blocks = _blocks(value)
+    if is_activation(target):
+        if value in ("out_channel", "in_channel"):
+            return "per_tensor", f"{value} is for weights; activations take default, per_tensor, per_channel or block sizes."
+        return "per_tensor" if value == "default" else blocks, None
+    shape: Sequence[int] = module.get_parameter(target).shape
+    if value == "per_channel":
+        return "per_tensor", "per_channel is for activations; parameters take default, per_tensor, out_channel or in_channel."
+    if value == "default":
+        return ("out_channel" if len(shape) > 1 else "per_tensor"), None
+    kernel = TensorSpec.make("int8", "symmetric", blocks, weight=True).kernel(len(shape))
+    return _plainest(blocks, kernel, shape)
+
+
+def _blocks(value: Any) -> str | Blocks:
+    if not isinstance(value, list | tuple):
+        granularity: str | Blocks = value
+        return granularity
+    if isinstance(value[0], list | tuple):  # a registered setting keeps what the user wrote
+        return Blocks(sizes=tuple(value[0]), side=value[1], pad=value[2] if len(value) == 3 else 1)
+    return Blocks(sizes=tuple(value))
+
+
+def _plainest(value: str | Blocks, kernel: Sequence[int], shape: Sequence[int]) -> tuple[str | Blocks, str | None]:
+    """`out_channel` and `per_tensor` for block sizes that mean them; with the reason where they do not fit `shape`."""
+    if len(kernel) > len(shape):
+        return value, f"{value} has more dimensions than the parameter of shape {tuple(shape)}; give at most {len(shape)}."
+    if any(block > 0 and size % block for block, size in zip(kernel, shape, strict=True)):
+        return value, f"the blocks {list(kernel)} do not divide the shape {tuple(shape)}; give divisors, or -1."
+    whole = [block in (-1, size) for block, size in zip(kernel, shape, strict=True)]
+    if all(whole):
+        return ("out_channel" if value == "out_channel" else "per_tensor"), None
+    return ("out_channel", None) if kernel[0] == 1 and all(whole[1:]) else (value, None)
+
+
+def fitted(plan: TargetPlan, shape: Sequence[int] | None) -> tuple[TargetPlan, str | None]:
+    """An activation's target held against its recorded shape (None: unknown), and why it cannot be so, or None."""
+    if plan.spec.granularity == "per_tensor" or (shape is None and not plan.lenient):
+        return plan, None
+    problem = "its shape is unknown" if shape is None else _shape_problem(plan.spec, shape)
+    one_scale = replace(plan, spec=replace(plan.spec, granularity="per_tensor"))
+    if problem is not None and plan.lenient:
+        return replace(one_scale, notes=(*plan.notes, f"one scale: {problem.partition(';')[0]}")), None
+    if problem is None and shape is not None:
+        kernel = plan.spec.kernel(len(shape))
+        if all(block in (-1, size) for block, size in zip(kernel, shape, strict=True)):
+            return one_scale, None
+    return plan, problem
+
+
+def _shape_problem(spec: TensorSpec, shape: Sequence[int]) -> str | None:
+    kernel = spec.kernel(len(shape))
+    if len(kernel) > len(shape):
+        return f"granularity {spec.granularity} has more dimensions than the activation of shape {tuple(shape)}"
+    if kernel and kernel[0] != -1:
+        return (
+            f"granularity {spec.granularity} divides dimension 0 of the activation of shape {tuple(shape)}, the batch; its "
+            "length changes, so write 'per_channel' or [[-1, 1], 'back', -1] for a scale for each index of dimension 1"
+        )
+    if any(block > 0 and size % block for block, size in zip(kernel, shape, strict=True)):
+        return f"the blocks {list(kernel)} do not divide the activation of shape {tuple(shape)}"
+    return None

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns quantized modules of any type: their own forward, run on rounded arguments and rounded parameters.
+
+For the length of a call the rounded parameters stand in the instance's `__dict__`, where Python looks before
+`nn.Module.__getattr__` finds the Parameter: the user's forward reads them by the names it knows, gradients flow through the
+rounding to the Parameters, and nothing is renamed or copied. Deployed, the parameters are integers and the forward reads
+what they stand for, in float arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.config import TensorSpec
+from lightning_quant.group import KEY, Group, Member, leave, own_class
+from lightning_quant.integer import IntegerTensor, Rounding, integer_tensor
+from lightning_quant.quantizers import ActivationQuantizer, fake_quantize_weight
+from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
+
+Round = Callable[[Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def hidden(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context `module` and its children read `tensors` in place of their parameters of these names."""
+    places = [(*owner_of(module, name), tensor) for name, tensor in tensors.items()]
+    recurrent = [owner for owner in dict.fromkeys(owner for owner, _, _ in places) if isinstance(owner, nn.RNNBase)]
+    flat = [owner._flat_weights for owner in recurrent]
+    try:
+        for owner, name, tensor in places:
+            owner.__dict__[name] = tensor
+        for layer, weights in zip(recurrent, flat, strict=True):  # they read a list that they keep beside their parameters
+            names = layer._flat_weights_names
+            layer.__dict__["_flat_weights"] = [layer.__dict__.get(n, w) for n, w in zip(names, weights, strict=True)]
+        yield
+    finally:
+        for owner, name, _ in places:
+            owner.__dict__.pop(name, None)
+        for layer, weights in zip(recurrent, flat, strict=True):
+            layer.__dict__["_flat_weights"] = weights
+
+
+def _rounded_call(
+    forward: Callable[..., Any],
+    inputs: Sequence[tuple[Argument, Round]],
+    outputs: Mapping[str, Round],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """forward on rounded arguments, its results rounded; two arguments that are one tensor stay one."""
+    done: dict[tuple[int, int], Tensor] = {}
+    for argument, act in inputs:
+        value = argument.read(args, kwargs)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            key = id(value), id(act)
+            done[key] = done[key] if key in done else act(value)
+            args, kwargs = argument.replaced(args, kwargs, done[key])
+    # torch's fused attention kernel takes other sums in eval mode than in training, and reads weights past their module.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        return with_outputs(forward(*args, **kwargs), outputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class ModuleGroup(Group):
+    """One module of any type with quantized targets.
+
+    Args:
+        name: the module's name in the model.
+        inputs: (argument, quantizer, whether this group moves its range, whether the tensor arrives unrounded).
+        parameters: grid by parameter name, as in `named_parameters()`.
+        outputs: (quantizer, whether this group moves its range, whether it is to be rounded) by output target.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: Sequence[tuple[Argument, ActivationQuantizer, bool, bool]],
+        parameters: Mapping[str, TensorSpec],
+        outputs: Mapping[str, tuple[ActivationQuantizer, bool, bool]],
+    ) -> None:
+        super().__init__(name)
+        self.inputs, self.parameters, self.outputs = list(inputs), dict(parameters), dict(outputs)
+
+    @property
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """Of the arguments, then of the outputs."""
+        return [quantizer for _, quantizer, _, _ in self.inputs] + [quantizer for quantizer, _, _ in self.outputs.values()]
+
+    def rounding(self, quantizer: ActivationQuantizer, owned: bool, applied: bool) -> Round:
+        """What happens to one activation in this pass: its range moves, then it is rounded."""
+
+        def act(x: Tensor) -> Tensor:
+            if self.observing and owned:
+                quantizer.observe(x)
+            return quantizer(x) if applied and self.phase.quantize and quantizer.ready else x
+
+        return act
+
+    def simulated(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The user's forward on fake-quantized tensors, with gradients."""
+        rounds: dict[int, Round] = {}
+        inputs = [
+            (argument, rounds.setdefault(id(quantizer), self.rounding(quantizer, owned, applied)))
+            for argument, quantizer, owned, applied in self.inputs
+        ]
+        outputs = {target: self.rounding(*how) for target, how in self.outputs.items()}
+        tensors: dict[str, Tensor] = {}
+        if self.phase.quantize and (self.observing or self.ready):
+            tensors = {name: fake_quantize_weight(_parameter(head, name), spec) for name, spec in self.parameters.items()}
+        with hidden(head, tensors):
+            return _rounded_call(_own_forward(head), inputs, outputs, args, kwargs)
+
+    def deploy(self, head: nn.Module) -> nn.Module:
+        """The integers of this module around its forward; the module itself stays outside."""
+        return QuantizedModule(self, head)
+
+
+def _own_forward(head: nn.Module) -> Callable[..., Any]:
+    """The forward of the user's class, of a prepared module."""
+    assert isinstance(head, Member)
+    forward: Callable[..., Any] = super(Member, head).forward
+    return forward
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    owner, own = owner_of(module, name)
+    parameter = owner._parameters[own]
+    assert parameter is not None
+    return parameter
+
+
+class WrappedModule(Member):
+    """The role of a module that is quantized around its own forward."""
+
+    prefix = "Quantized"
+    begins = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward on rounded tensors, or the deployed layer."""
+        group: ModuleGroup = self.__dict__[KEY]
+        passed = [*args, *kwargs.values()]
+        if group.begin(self, [value for value in passed if isinstance(value, Tensor)]):
+            return group.deployed_now(self)(*args, **kwargs)
+        return group.simulated(self, args, kwargs)
+
+
+class QuantizedModule(nn.Module):
+    """A module of any type as it is deployed: integer parameters, rounded arguments and outputs, float arithmetic.
+
+    Called with what the module's own forward takes. A parameter `p1` is stored as the buffers `p1` (integers), `p1_scale` and,
+    where the grid is not symmetric, `p1_zero_point`; dots in names become `__`.
+    """
+
+    def __init__(self, group: ModuleGroup, head: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_forward_of"] = head  # not a child: the prepared model holds it already
+        self.type_name = own_class(head).__name__
+        self.arguments = [argument for argument, *_ in group.inputs]
+        self.targets = list(group.outputs)
+        self.rounds_in = nn.ModuleList(Rounding(quantizer.grid()) for _, quantizer, *_ in group.inputs)
+        self.rounds_out = nn.ModuleList(Rounding(how[0].grid()) if how[2] else nn.Identity() for how in group.outputs.values())
+        shared: dict[int, int] = {}
+        self.first = [shared.setdefault(id(quantizer), i) for i, (_, quantizer, *_) in enumerate(group.inputs)]
+        self.parameter_dtypes: dict[str, torch.dtype] = {}
+        self.inner: nn.Module | None = None
+        for name, spec in group.parameters.items():
+            parameter = _parameter(head, name)
+            self.parameter_dtypes[name] = parameter.dtype
+            self._store(name, integer_tensor(parameter, spec))
+        self.eval()
+
+    def _store(self, name: str, integers: IntegerTensor) -> None:
+        key = name.replace(".", "__")
+        self.register_buffer(key, integers.q)
+        self.register_buffer(f"{key}_scale", integers.scale)
+        if integers.zero_point is not None:
+            self.register_buffer(f"{key}_zero_point", integers.zero_point)
+
+    def _value(self, name: str) -> Tensor:
+        key = name.replace(".", "__")
+        zero_point = self._buffers.get(f"{key}_zero_point")
+        value: Tensor = torch.ops.lightning_quant.dequantize_weight(self._buffers[key], self._buffers[f"{key}_scale"], zero_point)
+        return value.to(self.parameter_dtypes[name])
+
+    def take_over(self) -> None:
+        """Become independent of the prepared module: a copy of it, without the parameters that are integers now."""
+        head: nn.Module = self.__dict__.pop("_forward_of")
+        inner = head
+        leave(inner)
+        inner._forward_hooks.clear()
+        inner._forward_pre_hooks.clear()
+        for name in self.parameter_dtypes:
+            owner, own = owner_of(inner, name)
+            owner._parameters[own] = None
+        for layer in inner.modules():
+            if isinstance(layer, nn.RNNBase):
+                layer.__dict__["_flat_weights"] = [getattr(layer, name, None) for name in layer._flat_weights_names]
+        self.inner = inner.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Round, run the module's own forward, round."""
+        device = next((value.device.type for value in tensors_in((args, kwargs))), "cpu")
+        if torch.is_autocast_enabled(device):  # validation must compute what is shipped, in float32
+            with torch.autocast(device, enabled=False):
+                return self.forward(*on_tensors(_widened, args), **on_tensors(_widened, kwargs))
+        head: nn.Module | None = self.__dict__.get("_forward_of")
+        if head is not None:
+            module, forward = head, _own_forward(head)
+        else:
+            assert self.inner is not None
+            module, forward = self.inner, self.inner.forward
+        rounds = [_carrying(act) for act in self.rounds_in]
+        inputs = [(argument, rounds[i]) for argument, i in zip(self.arguments, self.first, strict=True)]
+        outputs = {target: _carrying(act) for target, act in zip(self.targets, self.rounds_out, strict=True)}
+        with hidden(module, {name: self._value(name) for name in self.parameter_dtypes}):
+            return _rounded_call(forward, inputs, outputs, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module's own callers read of it (`num_heads`, `batch_first`) is still there."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self._modules.get("inner") if "_modules" in self.__dict__ else None
+            if inner is None:
+                raise
+            return getattr(inner, name)
+
+    def extra_repr(self) -> str:
+        """The module's type, and which tensors are integers."""
+        stored = [f"{name}: {str(self._buffers[name.replace('.', '__')].dtype)[6:]}" for name in self.parameter_dtypes]  # type: ignore[union-attr]
+        return ", ".join([self.type_name, *stored, "float arithmetic"])
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _carrying(act: Any) -> Round:
+    """`act` in the dtype of what it is given."""
+
+    def rounded(x: Tensor) -> Tensor:
+        y: Tensor = act(x)
+        return y.to(x.dtype)
+
+    return rounded
