@@ -28,6 +28,7 @@ from lightning_quant.plan import Plan, parse_settings, plan_from_graph, record_f
 from lightning_quant.prepare import (
     apply_phase,
     drop_deployed_layers,
+    fits,
     load_quantizer_state,
     prepare_model,
     prepared_groups,
@@ -51,8 +52,9 @@ class QuantFusionCallback(Callback):
     converted; `pl_module` stays trainable.
 
     Args:
-        config_list: a list of dicts with the keys `op_names`, `op_types`, `target_names`, `quant_dtype`, `quant_scheme`,
-            `granularity`, `fuse_names` and `target_settings`; the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`. Or one
+        config_list: a list of dicts, each of which selects modules (`op_names`, `op_names_re`, `op_types`, `exclude_*`) and says
+            how they are quantized (`target_names`, `quant_dtype`, `quant_scheme`, `granularity`, `apply_method`, `observer`,
+            `target_settings`, `fuse_names`; see CONFIG.md); the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`. Or one
             such dict, a preset's name ("int8", also as an entry of the list), or the path of a YAML or JSON file that holds
             any of these; under LightningCLI a path is relative to the YAML file that names it.
         settings: settings of module types (class name or dotted path -> target -> keys), for this callback only: a dict or a
@@ -155,7 +157,7 @@ class QuantFusionCallback(Callback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
         self.plan, self.deployed_model = self._make_plan(trainer, pl_module), None
         prepare_model(pl_module, self.plan)
-        if state is not None and again and set(state["quantizers"]) != set(quantizer_state(pl_module)):
+        if state is not None and again and not fits(pl_module, state["quantizers"]):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state = None
         if state is None:

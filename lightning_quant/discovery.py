@@ -13,6 +13,7 @@ from lightning_quant.fusion import BatchNorm, is_head, pattern_problem
 from lightning_quant.graph import Graph
 from lightning_quant.keys import Problems, closest
 from lightning_quant.matching import Draft, Modules
+from lightning_quant.targets import is_activation, owner_of
 
 
 def collect_groups(
@@ -68,6 +69,35 @@ def absorb(draft: Draft, drafts: dict[str, Draft], *, quietly: bool = False) -> 
     return problems
 
 
+def parts_of(draft: Draft) -> dict[nn.Module, str]:
+    """Modules inside a drafted one whose parameters are its targets -> the target: an attention layer's out_proj, say."""
+    found: dict[nn.Module, str] = {}
+    for target, plan in draft.targets.items():
+        if plan.active and not is_activation(target) and "." in target:
+            found[owner_of(draft.module, target)[0]] = target
+    return found
+
+
+def claim_parts(drafts: dict[str, Draft], modules: Mapping[str, nn.Module]) -> Problems:
+    """Take the parts of drafted modules out of the drafts: a parameter is rounded in one place; problems if they were named."""
+    problems: Problems = []
+    for draft in list(drafts.values()):
+        for part, target in parts_of(draft).items() if draft.name in drafts else ():
+            for other in list(drafts.values()):
+                if part not in (other.module, *(modules[name] for name in other.group)):
+                    continue
+                if other.named or other.group:
+                    name = next(name for name in (other.name, *other.group) if modules[name] is part)
+                    problems.append(
+                        f"{draft.targets[target].decided_by}: {target!r} of {draft.name!r} is a parameter of {name!r}, which is "
+                        "quantized by itself; leave one of the two out."
+                    )
+                else:
+                    del drafts[other.name]
+                    draft.notes.append(f"{other.name} is a part of it and has no targets of its own")
+    return problems
+
+
 def group_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], selected: set[str]) -> str | None:
     """Why these modules cannot be a group, as far as that shows without a forward; None if they can."""
     for name in group:
@@ -92,24 +122,30 @@ def group_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], sele
     return None
 
 
-def auto_group(name: str, modules: Mapping[str, nn.Module], graph: Graph, taken: set[str], *, fold_norm: bool) -> tuple[str, ...]:
-    """The longest group that begins with the layer `name` and that the recorded forward allows; empty if there is none.
+def auto_group(
+    name: str, modules: Mapping[str, nn.Module], graph: Graph, taken: set[str], *, fold_norm: bool
+) -> tuple[tuple[str, ...], str | None]:
+    """(the longest group that begins with the layer `name` and that the recorded forward allows or (), why it ends there).
 
-    `fold_norm`: whether a batch norm may be in it.
+    `fold_norm`: whether a batch norm may be in it. A reason is given where something follows that could have been fused.
     """
     group: tuple[str, ...] = (name,)
+    why: str | None = None
     while is_head(modules[name]) and len(group) < 3:
         calls = graph.calls(group[-1])
         readers = graph.readers(calls[0].index) if calls else []
-        if len(readers) != 1 or readers[0].kind != "module" or readers[0].name in taken:
+        fusable = [r for r in readers if r.kind == "module" and pattern_problem([modules[n] for n in (*group, r.name)]) is None]
+        if not fusable or (isinstance(modules[fusable[0].name], BatchNorm) and not fold_norm):
             break
-        longer = (*group, readers[0].name)
-        if isinstance(modules[longer[-1]], BatchNorm) and not fold_norm:
-            break
-        if len(set(longer)) < len(longer) or group_problem(longer, modules, {name}) or flow_problem(longer, modules, graph):
+        longer = (*group, fusable[0].name)
+        if fusable[0].name in taken:
+            why = f"{fusable[0].name!r} is quantized or fused elsewhere"
+        else:
+            why = group_problem(longer, modules, {name}) or flow_problem(longer, modules, graph)
+        if why is not None or len(set(longer)) < len(longer):
             break
         group = longer
-    return group if len(group) > 1 else ()
+    return (group if len(group) > 1 else ()), why
 
 
 def flow_problem(group: tuple[str, ...], modules: Mapping[str, nn.Module], graph: Graph) -> str | None:

@@ -118,10 +118,6 @@ def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch
 # -- formats: one row each ------------------------------------------------------------------------------------------------
 
 
-def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
-
-
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     with _quiet_exporter():
@@ -149,71 +145,73 @@ def _tidy(graph: Any) -> None:
     (ir,) = _require("onnx_ir")
     taken: set[str] = set()
     for node in list(graph):
-        if node.op_type == "QuantizeLinear" and _from_another_grid(node):
-            # onnxruntime merges neighbouring pairs into one by rescaling, which moves levels; not through a Max of one.
-            barrier = ir.node("Max", [node.inputs[0]])
-            graph.insert_before(node, barrier)
-            node.replace_input_with(0, barrier.outputs[0])
-        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer() and _is_float_factor(node.outputs[0]):
-            users = list(node.outputs[0].uses())
-            barrier = ir.node("Max", [node.outputs[0]])
-            graph.insert_after(node, barrier)
-            for user, slot in users:
+        if uses := _apart(node):
+            value = uses[0][0].inputs[uses[0][1]]
+            barrier = ir.node("Max", [value])  # of one: nothing is fused through it
+            graph.insert_after(value.producer(), barrier)
+            for user, slot in uses:
                 user.replace_input_with(slot, barrier.outputs[0])
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
+        for part in (node, *node.outputs):
+            part.metadata_props.clear()
         zero = node.inputs[2] if node.op_type == "DequantizeLinear" and len(node.inputs) > 2 else None
         if zero is None or zero.const_value is None or not zero.is_initializer() or zero.dtype != ir.DataType.INT8:
             continue
         if zero.name in taken:
-            own = ir.Value(
-                name=f"{node.inputs[0].name}_zero_point", const_value=zero.const_value, type=zero.type, shape=zero.shape
-            )
+            name = f"{node.inputs[0].name}_zero_point"
+            own = ir.Value(name=name, const_value=zero.const_value, type=zero.type, shape=zero.shape)
             graph.register_initializer(own)
             node.replace_input_with(2, own)
         taken.add(zero.name)
 
 
-_MOVES = ("Concat", "Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_MOVES = ("Concat", "Expand", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def _is_float_factor(value: Any) -> bool:
-    """Whether a dequantized parameter is multiplied in float arithmetic; onnxruntime would fuse the two.
+def _apart(node: Any) -> list[tuple[Any, int]]:
+    """The uses of a tensor that onnxruntime must not fuse with what makes it: (node, input), all of one tensor.
 
-    It would round the other factor to 8 bits (MatMulNBits), or take scales along any dimension for scales of columns. The
-    Gemm of an integer layer, known by its int32 bias, is what it shall fuse.
+    Fused, a grid behind another grid would be rescaled, which moves levels; a float layer between grids would get integer
+    weights of onnxruntime's own; and a stored parameter that is a factor in float arithmetic would have the other factor
+    rounded to 8 bits (MatMulNBits), or its scales of rows taken for those of columns.
     """
-    for user, _ in value.uses():
-        if user.op_type in ("MatMul", "Gemm"):
-            bias = user.inputs[2].producer() if len(user.inputs) > 2 else None
-            return bias is None or bias.op_type != "DequantizeLinear"
-        if user.op_type in _MOVES and any(map(_is_float_factor, user.outputs)):
-            return True
-    return False
+    if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+        return list(node.outputs[0].uses()) if _multiplied(node.outputs[0]) else []
+    source = node.inputs[0].producer() if node.op_type == "QuantizeLinear" else None
+    if source is not None and source.op_type == "DequantizeLinear":
+        pairs = zip(node.inputs[1:3], source.inputs[1:3], strict=True)
+        return [(node, 0)] if any(a is not b and (a.const_value.numpy() != b.const_value.numpy()).any() for a, b in pairs) else []
+    return [(node, 0)] if node.op_type != "MatMul" and _in_floats(node) and _dequantized(node.inputs[0]) else []
 
 
-def _from_another_grid(quantize: Any) -> bool:
-    """Whether a QuantizeLinear reads a DequantizeLinear with another scale or zero point."""
-    source = quantize.inputs[0].producer()
-    if source is None or source.op_type != "DequantizeLinear":
-        return False
-    pairs = zip(quantize.inputs[1:3], source.inputs[1:3], strict=True)
-    return any(a is not b and (a.const_value.numpy() != b.const_value.numpy()).any() for a, b in pairs)
+def _in_floats(node: Any) -> bool:
+    """Whether a node is a product in float arithmetic: not that of an integer layer, which is known by its int32 bias."""
+    bias = node.inputs[2].producer() if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and str(bias and bias.inputs[0].dtype) != "INT32"
+
+
+def _dequantized(value: Any) -> bool:
+    source = value.producer()
+    kind = None if source is None else source.op_type
+    return kind == "DequantizeLinear" or (kind in _MOVES and _dequantized(source.inputs[0]))
+
+
+def _multiplied(value: Any) -> bool:
+    return any(_in_floats(u) or (u.op_type in _MOVES and any(map(_multiplied, u.outputs))) for u, _ in value.uses())
 
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """torch.onnx logs about absent torchvision and, inside, uses what torch itself deprecates: no user can act on it."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter logs what it skips and, inside, uses what torch itself deprecates: no user can act on it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigError(f"torch.onnx cannot translate the model: {error.__cause__ or error} Write .pt2, or no file.") from error
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 @functools.cache
@@ -229,9 +227,6 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def constant(value: Any, dtype: Any) -> Any:
         return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
 
-    def zeros_like(scale: Any, dtype: Any) -> Any:
-        return constant(np.zeros(tuple(scale.shape)), dtype)
-
     def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
         dtype = np.uint8 if high <= 255 else np.uint16
         if dtype == np.uint16 and (low, high) != (0, 65535):
@@ -241,13 +236,13 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         q = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero_point, dtype))
         return q if (low, high) == (0, 255) or dtype == np.uint16 else op.Clip(q, constant(low, dtype), constant(high, dtype))
 
-    def dequantize(q: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero_point, q.dtype.numpy()))
+    def dequantize(q: Any, scale: Any, zero: Any) -> Any:
+        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero, q.dtype.numpy()))
 
     def dequantize_weight(q: Any, scale: Any, zero_point: Any) -> Any:
         shape, steps = list(q.shape), list(scale.shape)
         if len(steps) < 2 and steps in ([], shape[:1]):
-            zero = zeros_like(scale, q.dtype.numpy()) if zero_point is None else zero_point
+            zero = constant(np.zeros(steps), q.dtype.numpy()) if zero_point is None else zero_point
             return op.DequantizeLinear(q, scale, zero, axis=0)
         # One scale a block: along every dimension its blocks, then the places in a block.
         split = [part for size, blocks in zip(shape, steps, strict=True) for part in (blocks, size // blocks)]
@@ -261,8 +256,7 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Reshape(op.Mul(w, spread(scale)), constant(shape, np.int64))
 
     def round_blocks(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
-        ends = (op.Sub(constant(end, np.float32), zero_point) for end in (low, high))
-        least, most = ends
+        least, most = (op.Sub(constant(end, np.float32), zero_point) for end in (low, high))
         return op.Mul(op.Min(op.Max(op.Round(op.Div(x, scale)), least), most), scale)
 
     def operands(head: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -358,7 +352,7 @@ def _run_onnx(path: Path, exact_sums: bool = True) -> Callable[[Any], list[Tenso
 
 _FORMATS: dict[str, tuple[Callable[[torch.export.ExportedProgram, Path], None], Callable[[Path], Any]]] = {
     ".onnx": (_write_onnx, _run_onnx),
-    ".pt2": (_write_program, _run_program),
+    ".pt2": (torch.export.save, _run_program),
 }
 
 

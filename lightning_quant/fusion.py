@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.group import KEY, Group, Member, join
+from lightning_quant.group import KEY, Group, Member, hidden, join
 from lightning_quant.integer import FoldedWeight, Geometry, IntegerLayer, PartlyIntegerLayer, one_a_block, storage
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, fake_quantize_weight, quantize_weight, weight_grid
 from lightning_quant.settings import is_kind
@@ -173,20 +173,16 @@ class _Head(Member):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
-        group: FusedGroup = self.__dict__[KEY]
+        group: FusedGroup | None = self.__dict__.get(KEY)
+        if group is None:
+            return super().forward(input)  # type: ignore[no-any-return]
         if group.begin(self, [input]):
             deployed: Tensor = group.deployed_now(self)(input)
             return deployed
         x = group.round_input(input)
         quantize = group.phase.quantize and (group.observing or group.ready)
-        # An entry in the instance's __dict__ hides the Parameter for the length of the original forward.
-        parameters = group.rounded_parameters(self) if quantize else {}
-        self.__dict__.update(parameters)
-        try:
+        with hidden(self, group.rounded_parameters(self) if quantize else {}):
             y: Tensor = super().forward(x)
-        finally:
-            for name in parameters:
-                del self.__dict__[name]
         rounded = group.finish(self, y)
         return y if rounded is None else rounded
 
@@ -196,7 +192,9 @@ class _BatchNormMember(Member):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
-        group: FusedGroup = self.__dict__[KEY]
+        group: FusedGroup | None = self.__dict__.get(KEY)
+        if group is None:
+            return super().forward(input)  # type: ignore[no-any-return]
         if group.integer_pass:
             return input
         norm: Any = self
@@ -215,7 +213,9 @@ class _ActivationMember(Member):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor) -> Tensor:
-        group: FusedGroup = self.__dict__[KEY]
+        group: FusedGroup | None = self.__dict__.get(KEY)
+        if group is None:
+            return super().forward(input)  # type: ignore[no-any-return]
         if group.integer_pass:
             return input
         rounded = group.finish(self, input)

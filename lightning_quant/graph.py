@@ -97,12 +97,13 @@ class Graph:
     """The calls of one forward, in order, and which of them the model returned.
 
     `boundaries`: every module's calls, by its name. `side_effects`: calls that wrote over a tensor which was then used by the
-    name it had before: `self.relu(x); use(x)`.
+    name it had before: `self.relu(x); use(x)`. `split`: nodes that made several tensors, which their number does not tell apart.
     """
 
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
     side_effects: frozenset[int] = frozenset()
+    split: frozenset[int] = frozenset()
     boundaries: Mapping[str, tuple[Boundary, ...]] = dataclasses.field(default_factory=dict)
 
     def calls(self, name: str) -> list[Node]:
@@ -173,6 +174,7 @@ class _Recorder(TorchFunctionMode):
         self.boundaries: dict[str, list[Boundary]] = {}
         self.begun: list[tuple[int, list[Seen]]] = []  # of the calls that are under way: their order, their positional arguments
         self.calls = 0
+        self.split: set[int] = set()
         self.inside_leaf = 0
         self.inside_function = 0
         self.counts: Counter[str] = Counter()
@@ -193,6 +195,8 @@ class _Recorder(TorchFunctionMode):
             passing=passing,
         )
         self.nodes.append(node)
+        if len(outputs) > 1:
+            self.split.add(node.index)
         for tensor in outputs:
             self.producer[id(tensor)] = node.index, tensor._version
             self.alive.append(tensor)
@@ -357,5 +361,6 @@ def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = No
         nodes=tuple(recorder.nodes),
         outputs=made,
         side_effects=frozenset(recorder.side_effects),
+        split=frozenset(recorder.split),
         boundaries={name: tuple(calls) for name, calls in recorder.boundaries.items()},
     )

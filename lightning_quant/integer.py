@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers them)
-from lightning_quant.config import TensorSpec
+from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.operators import along_channels
 from lightning_quant.quantizers import BlockGrid, Grid, quantize_weight, weight_grid
 
@@ -103,6 +103,9 @@ class Rounding(nn.Module):
         """Round x to the grid."""
         ops = torch.ops.lightning_quant
         if self.grid is None:
+            have, want = tuple(self.scale.shape), tuple(x.shape)
+            if len(have) != len(want) or any(n not in (1, size) for n, size in zip(have, want, strict=True)):
+                raise ConfigError(f"an activation of shape {want} met scales for the blocks of another shape, {have}.")
             rounded: Tensor = ops.round_blocks(x, self.scale, self.zero_point, self.low, self.high)
         else:
             q = ops.quantize(x, self.grid.scale, self.grid.zero_point, self.low, self.high)
@@ -243,11 +246,11 @@ class IntegerLayer(nn.Module):
         reach = max(self.x.zero_point - self.x.qmin, self.x.qmax - self.x.zero_point)
         return float((w.abs().flatten(1).sum(1) * reach + self.bias.double().abs()).max())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Quantize, multiply and accumulate, requantize, dequantize."""
         ops, grid, g = torch.ops.lightning_quant, self.x, self.geometry
-        dtype = x.dtype
-        x = g.prepared_input(x)
+        dtype = input.dtype
+        x = g.prepared_input(input)
         lead = x.shape[:-1]
         if g.kind == "linear" and x.dim() != 2:
             x = x.reshape(-1, x.shape[-1])
@@ -318,10 +321,10 @@ class PartlyIntegerLayer(nn.Module):
         self.weight_quantized = whole
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Round the input, run the float layer on the dequantized weight, round the output."""
         ops, g = torch.ops.lightning_quant, self.geometry
-        dtype, w = x.dtype, self.weight
+        x, dtype, w = input, input.dtype, self.weight
         if torch.is_autocast_enabled(x.device.type):  # validation must compute what is shipped, in float32
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float())

@@ -42,7 +42,16 @@ def is_list(value: Any) -> bool:
 def unknown_key(key: Any, allowed: Iterable[str], where: str) -> str:
     """The problem of a key that is not in `allowed`."""
     names = sorted(allowed)
+    if key in _LATER:
+        return f"{where}: {key!r} is a key of {_LATER[key]}, which this release does not have yet; allowed: {', '.join(names)}."
     return f"{where}: unknown key {key!r}; allowed: {', '.join(names)}.{guess(key, names)}"
+
+
+_LATER = {
+    **dict.fromkeys(("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "sparsity", "align"), "pruning"),
+    **dict.fromkeys(("global_group_id", "dependency_group_id", "internal_metric_block"), "pruning"),
+    **dict.fromkeys(("lambda", "link"), "distillation"),
+}
 
 
 # -- granularity ------------------------------------------------------------------------------------------------------
@@ -115,7 +124,8 @@ def choice(*allowed: str, synonyms: Mapping[str, str] | None = None) -> Check:
 def _dtype(value: Any, where: str, problems: Problems) -> str:
     found = re.fullmatch(r"(u?)int([1-9][0-9]*)", value) if isinstance(value, str) else None
     if found is None:
-        near = guess(value, ("int8", "uint8", "int4", "uint4", "int16", "uint16"))
+        word = f"int{value}" if type(value) is int else str(value).removeprefix("torch.").lower()
+        near = guess(word, ("int8", "uint8", "int4", "uint4", "int16", "uint16"))
         problems.append(f"{where}: {value!r} is no integer type; allowed: int2 to int16 and uint2 to uint16.{near}")
     elif found[2] == "1":
         problems.append(
@@ -130,7 +140,8 @@ def _dtype(value: Any, where: str, problems: Problems) -> str:
 def names(value: Any, where: str, problems: Problems) -> tuple[str, ...]:
     """A check for a list of strings; doubles are dropped."""
     if not is_list(value) or not all(isinstance(name, str) for name in value):
-        example = value if isinstance(value, str) else "conv1"
+        classes = [part.__name__ for part in value if isinstance(part, type)] if is_list(value) else []
+        example = value if isinstance(value, str) else (classes or ["conv1"])[0]
         problems.append(f"{where}: expected a list of strings, got {value!r}; write [{example!r}] for one name.")
         return ()
     if not value:
@@ -323,14 +334,16 @@ ENTRY: dict[str, Key] = {
         values="list of strings",
         default="those of the type's setting, and those in target_settings",
         text="Which tensors of a module: `_input_` (the first argument), `_input_1`, `_input_<argument>`, `_output_`, "
-        "`_output_1`, `_output_<key>` of a dict, and parameters by name (`weight`, `bias`, `p1`, `out_proj.weight`, `weight_*`).",
+        "`_output_1`, `_output_<key>` of a dict, and parameters by name (`weight`, `bias`, `p1`, `out_proj.weight`); `*` stands "
+        "for any part of a parameter's name (`weight_*`). Buffers and tensors inside nested tuples are no targets.",
     ),
     "target_settings": Key(
         check=_target_settings,
         schema=_TARGETS,
         values="dict from target to keys",
         default="none",
-        text="For one target, any of the quantization keys; they overrule the entry's own, key by key.",
+        text="For one target, any of the quantization keys; they overrule the entry's own, key by key. What is said for "
+        "`_input_` also holds for further arguments without keys of their own, and for `_output_` likewise.",
     ),
     "fuse_names": Key(
         check=_groups,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_quant.config import ConfigError, Rule, TensorSpec
 from lightning_quant.fusion import is_head
@@ -34,7 +35,8 @@ from lightning_quant.targets import Arguments, canonical_output, is_activation, 
 class TargetPlan:
     """One quantized target. `source`: the quantizer it shares ('conv1._output_'), or None if it has its own.
 
-    `lenient`: its granularity was said for all targets of an entry, so it falls to one scale where it does not fit.
+    `lenient`: its granularity was said for all targets of an entry, so it falls to a default where it does not fit; `fell`:
+    why it did.
     """
 
     target: str
@@ -43,6 +45,7 @@ class TargetPlan:
     source: str | None = None
     notes: tuple[str, ...] = ()
     lenient: bool = False
+    fell: str = ""
 
     @property
     def active(self) -> bool:
@@ -77,7 +80,8 @@ class Draft:
 class Modules:
     """The modules of a model by name, each once; `aliases`: the further names of modules that have several."""
 
-    def __init__(self, scope: nn.Module) -> None:
+    def __init__(self, scope: nn.Module, root: str = "") -> None:
+        self.root = root
         self.by_name = dict(scope.named_modules())
         first = {id(module): name for name, module in self.by_name.items()}
         self.aliases = {
@@ -97,7 +101,7 @@ class Modules:
 # -- selection --------------------------------------------------------------------------------------------------------
 
 
-def select(rule: Rule, modules: Modules, problems: Problems) -> list[str]:
+def select(rule: Rule, modules: Modules, problems: Problems, notes: list[str]) -> list[str]:
     """The names that a rule selects, in the order of the model: ((names or regexes) and types) minus excludes.
 
     A module that is registered under several names is selected by any of them, once, under its first.
@@ -105,11 +109,13 @@ def select(rule: Rule, modules: Modules, problems: Problems) -> list[str]:
     before = len(problems)
     included = _by_name(rule, "", modules, problems)
     excluded = _by_name(rule, "exclude_", modules, problems)
-    types = _by_type(rule, "op_types", modules, problems)
-    excluded |= _by_type(rule, "exclude_op_types", modules, problems)
+    types = _by_type(rule, "op_types", modules, problems, notes)
+    excluded |= _by_type(rule, "exclude_op_types", modules, problems, [])
     every = set(modules.by_name) - {""}
     chosen = (included if rule.op_names or rule.op_names_re else every) & (types if rule.op_types else every)
     names = [name for name in modules.by_name if name in chosen - excluded]
+    if excluded and not chosen & excluded:
+        notes.append(f"{rule.where}: the exclude keys take nothing out of what it selects")
     if not names and len(problems) == before:
         if rule.preset:
             problems.append(f"{rule.where}: the model has no layer that this preset quantizes; it has {modules.types()}.")
@@ -132,22 +138,29 @@ def _by_name(rule: Rule, prefix: str, modules: Modules, problems: Problems) -> s
         hint = f" Close: {', '.join(map(repr, near))}." if near else ""
         if re.search(r"[*^$\\+|(\[]", name):
             hint += f" For a regular expression write {key}_re."
+        if modules.root and name.startswith(f"{modules.root}."):
+            hint += f" Names are relative to root {modules.root!r}."
         problems.append(
             f"{rule.where}: {key} {name!r} matches no module.{hint} Layers built later are not visible before on_fit_start."
         )
     for pattern in getattr(rule, f"{key}_re"):
         matched = {name for name in modules.by_name if name and any(re.match(pattern, n) for n in modules.names_of(name))}
         if not matched:
-            some = ", ".join(map(repr, [name for name in modules.by_name if name][:5]))
+            near = closest(re.sub(r"[^\w.]", "", pattern), [name for name in modules.by_name if name])
+            some = ", ".join(map(repr, near or [name for name in modules.by_name if name][:5]))
             problems.append(f"{rule.where}: {key}_re {pattern!r} matches no module; the model has {some}, ...")
         found |= matched
     return found
 
 
-def _by_type(rule: Rule, key: str, modules: Modules, problems: Problems) -> set[str]:
+def _by_type(rule: Rule, key: str, modules: Modules, problems: Problems, notes: list[str]) -> set[str]:
     found: set[str] = set()
     for type_name in getattr(rule, key):
         matched = {name for name, module in modules.by_name.items() if name and is_called(type(module), type_name)}
+        derived = [name for name, m in modules.by_name.items() if any(c.__name__ == type_name for c in type(m).__mro__)]
+        changed = [f"{name} ({type(modules.by_name[name]).__name__})" for name in derived if name and name not in matched]
+        if changed and (matched or rule.preset):
+            notes.append(f"{rule.where}: {type_name} leaves out {', '.join(changed)}: a forward of its own")
         if not matched and not rule.preset:
             kinds = {c.__name__ for name, m in modules.by_name.items() if name for c in type(m).__mro__}
             if type_name in kinds:
@@ -177,7 +190,8 @@ def apply_rule(
     before = len(problems)
     left: dict[str, str] = {}  # what there is to say -> why
     chosen: list[str] = []
-    for name in select(rule, modules, problems):
+    unknown: dict[type, list[str]] = {}
+    for name in select(rule, modules, problems, notes):
         module = modules.by_name[name]
         named = any(alias in rule.op_names for alias in modules.names_of(name))
         setting = QuantizationSetting.find(type(module), settings)
@@ -186,11 +200,14 @@ def apply_rule(
         if setting is None or "forward" in vars(module):
             if soft and not named:
                 left[f"{name} ({type(module).__name__})"] = _unfit(name, module, settings)
+            elif setting is None:
+                unknown.setdefault(type(module), []).append(name)
             else:
                 problems.append(f"{rule.where}: {_unfit(name, module, settings)}")
             continue
         own: Problems = []
-        targets = _targets(rule, setting, name, module, own)
+        lacking: list[str] = []
+        targets = _targets(rule, setting, name, module, own, lacking)
         if own and soft and not named:
             reason = own[0].removeprefix(f"{rule.where}: ")
             left[reason.rstrip(".")] = reason
@@ -201,11 +218,15 @@ def apply_rule(
         draft.named |= named
         aliases = [alias for alias in modules.names_of(name)[1:] if f"also called {alias}" not in draft.notes]
         draft.notes.extend(f"also called {alias}" for alias in aliases)
+        draft.notes += [f"its setting also names {', '.join(lacking)}, which it lacks"] if lacking else []
         for target, explicit in targets.items():
             _decide(rule, setting, target, draft, explicit, problems)
+    for first, *others in unknown.values():
+        more = f" The same holds for {len(others)} more." if others else ""
+        problems.append(f"{rule.where}: {_unfit(first, modules.by_name[first], settings)}{more}")
     if left and not chosen and len(problems) == before:
         more = f" And {len(left) - 2} more." if len(left) > 2 else ""
-        problems.append(f"{rule.where}: nothing that it selects can be quantized. {' '.join([*left.values()][:2])}{more}")
+        problems.append(f"{rule.where}: nothing that it selects can be quantized: {' '.join([*left.values()][:2])}{more}")
     elif left:
         notes.append(f"{rule.where}: left as they are, without a setting: {', '.join(left)}")
     return chosen
@@ -218,18 +239,23 @@ def _unfit(name: str, module: nn.Module, settings: Mapping[str, Setting] | None)
     kind, known = type(module), [*QuantizationSetting.registry, *(settings or {})]
     base = next((c.__name__ for c in kind.__mro__ if c.__name__ in known), None)
     own = "" if base is None else f" (a {base} with its own forward)"
-    near = closest(kind.__name__, known)
+    near = closest(kind.__name__, [name for name in known if name not in OPERATORS])
     hint = f" Closest registered: {', '.join(near)}." if near else f" Registered are {', '.join(known[:6])} and others."
     hint = hint if base is None else ""
-    parameters = "".join(f", {p!r}: {{}}" for p, tensor in module.named_parameters() if tensor.dim() > 1)
+    parameters = "".join(f", {p!r}: {{}}" for p, tensor in module.named_parameters() if not is_lazy(tensor) and tensor.dim() > 1)
     return (
         f"{name!r} is a {kind.__name__}{own}, which has no quantization setting.{hint} To register one: "
         f"QuantizationSetting.register({dotted(kind)!r}, {{'_input_': {{}}{parameters}, '_output_': {{}}}})"
     )
 
 
-def _targets(rule: Rule, setting: Setting, name: str, module: nn.Module, problems: Problems) -> dict[str, bool]:
-    """The targets that a rule means, by their one name, and whether it named them itself."""
+def _targets(
+    rule: Rule, setting: Setting, name: str, module: nn.Module, problems: Problems, lacking: list[str]
+) -> dict[str, bool]:
+    """The targets that a rule means, by their one name, and whether it named them itself.
+
+    `lacking`: collects what the type's setting names and this module has not.
+    """
     if problem := _unsteady(module):
         problems.append(f"{rule.where}: {name!r} ({type(module).__name__}) {problem}")
         return {}
@@ -255,12 +281,18 @@ def _targets(rule: Rule, setting: Setting, name: str, module: nn.Module, problem
             meant = expand(module, target)
             found.update({one: False for one in meant if one not in found})
             computed += [] if meant else [target]
+            if not meant and not _parametrized(name, module, target) and getattr(module, target, 0) is not None:
+                lacking.append(target)
+        if lacking and not found:
+            problems.append(f"{rule.where}: the setting of {type(module).__name__}: {_no_target(name, module, lacking[0])}")
     problems.extend(f"{rule.where}: {text}" for target in computed if (text := _parametrized(name, module, target)))
     return found
 
 
 def _unsteady(module: nn.Module) -> str | None:
     """Why the parameters of a module cannot be rounded for the length of a call; None if they can."""
+    if any(map(is_lazy, module.parameters())):
+        return "is lazy and its parameters have no shape yet; call the model once before planning."
     if getattr(module, "max_norm", None) is not None:
         return "has max_norm, which rewrites its weight in every forward; leave it out, or renormalise in the training step."
     return None
@@ -292,6 +324,8 @@ def _parametrized(name: str, module: nn.Module, target: str) -> str | None:
     """What is wrong with a parameter that is there, but computed from others; None where it is not so."""
     if is_activation(target) or parameters_named(module, target) or not isinstance(getattr(module, target, None), Tensor):
         return None
+    if target in dict(module.named_buffers()):
+        return f"the {target} of {name!r} is a buffer; targets are parameters, arguments and outputs."
     return (
         f"the {target} of {name!r} is no Parameter of its own (parametrized, weight-normed or pruned); make it permanent first "
         "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove) or leave the layer out."
@@ -307,14 +341,15 @@ def _decide(rule: Rule, setting: Setting, target: str, draft: Draft, explicit: b
     except ConfigError as error:
         problems.append(f"{error}")
         return
+    fell = notes[0] if notes else ""
     before = draft.targets.get(target)
     if before is not None:
         notes = (*notes, f"overrules {before.decided_by}")
-    if spec.apply_method == "bypass":
-        notes = (*notes, "bypass: stays float")
+    said = {"bypass": "bypass: stays float", "clamp_round": "clamp_round"}.get(spec.apply_method, "")
+    notes = tuple(note for note in (*notes, said, spec.observer if spec.observer == "minmax" else "") if note)
     own = matching_keys(rule.target_settings, target, draft.module)
     lenient = "granularity" in rule.settings and "granularity" not in own
-    draft.targets[target] = TargetPlan(target=target, spec=spec, decided_by=rule.where, notes=notes, lenient=lenient)
+    draft.targets[target] = TargetPlan(target=target, spec=spec, decided_by=rule.where, notes=notes, lenient=lenient, fell=fell)
     if explicit:
         draft.explicit.add(target)
 
@@ -416,6 +451,20 @@ def _plainest(value: str | Blocks, kernel: Sequence[int], shape: Sequence[int]) 
     return ("out_channel", None) if kernel[0] == 1 and all(whole[1:]) else (value, None)
 
 
+def idle_keys(rules: Iterable[Rule], drafts: Iterable[Draft]) -> Problems:
+    """The shorthand granularities and observers that nothing of what their entries decide can have."""
+    problems: Problems = []
+    plans = [plan for draft in drafts for plan in draft.targets.values()]
+    for rule in rules:
+        mine = [plan for plan in plans if plan.decided_by == rule.where]
+        if mine and "granularity" in rule.settings and all(plan.fell for plan in mine):
+            why = mine[0].fell.removeprefix("one scale: ")
+            problems.append(f"{rule.where}['granularity']: {rule.settings['granularity']} fits no target of this entry: {why}.")
+        if mine and rule.settings.get("observer", "default") != "default" and not any(is_activation(p.target) for p in mine):
+            problems.append(f"{rule.where}['observer']: observers are for activations, and this entry quantizes parameters only.")
+    return problems
+
+
 def fitted(plan: TargetPlan, shape: Sequence[int] | None) -> tuple[TargetPlan, str | None]:
     """An activation's target held against its recorded shape (None: unknown), and why it cannot be so, or None."""
     if plan.spec.granularity == "per_tensor" or (shape is None and not plan.lenient):
@@ -423,7 +472,8 @@ def fitted(plan: TargetPlan, shape: Sequence[int] | None) -> tuple[TargetPlan, s
     problem = "its shape is unknown" if shape is None else _shape_problem(plan.spec, shape)
     one_scale = replace(plan, spec=replace(plan.spec, granularity="per_tensor"))
     if problem is not None and plan.lenient:
-        return replace(one_scale, notes=(*plan.notes, f"one scale: {problem.partition(';')[0]}")), None
+        fell = f"one scale: {problem.partition(';')[0]}"
+        return replace(one_scale, notes=(*plan.notes, fell), fell=fell), None
     if problem is None and shape is not None:
         kernel = plan.spec.kernel(len(shape))
         if all(block in (-1, size) for block, size in zip(kernel, shape, strict=True)):

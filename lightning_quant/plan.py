@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_quant.config import PRESETS, ConfigError, parse_rules, raise_problems
-from lightning_quant.discovery import absorb, auto_group, collect_groups, flow_problem
+from lightning_quant.config import PRESETS, ConfigError, Rule, parse_rules, raise_problems
+from lightning_quant.discovery import absorb, auto_group, claim_parts, collect_groups, flow_problem, parts_of
 from lightning_quant.fusion import BatchNorm, activation_cap, is_head, runs_on_integers
 from lightning_quant.graph import Boundary, Graph, record
 from lightning_quant.group import is_group_head
-from lightning_quant.keys import INPUT, OUTPUT, QUANTIZATION, WEIGHT, Problems, closest
-from lightning_quant.matching import Draft, Modules, TargetPlan, apply_rule, fitted
-from lightning_quant.settings import Setting, checked_setting, kept_bases
+from lightning_quant.keys import INPUT, OUTPUT, QUANTIZATION, WEIGHT, Problems, closest, guess
+from lightning_quant.matching import Draft, Modules, TargetPlan, apply_rule, fitted, idle_keys
+from lightning_quant.settings import Setting, checked_setting, is_called, kept_bases
 from lightning_quant.sources import read_config
 from lightning_quant.targets import canonical_output, is_activation, is_input, output_key
 
@@ -130,11 +130,14 @@ def _shaped(draft: Draft, calls: Sequence[Boundary], end: Sequence[Boundary], pr
                 what = next(
                     (f"a {one.type}" for one in found if one is not None), "not given at all" if is_input(target) else "absent"
                 )
-                known = ", ".join([*(calls[0].inputs if is_input(target) else end[0].outputs)]) or "none"
+                tensors = calls[0].inputs if is_input(target) else end[0].outputs
+                known = ", ".join(name for name, one in tensors.items() if one.floating) or "none"
                 problems.append(
                     f"{plan.decided_by}: {target!r} of {draft.name!r} is no floating-point tensor in the recorded forward: it "
                     f"is {what}; there are {known}."
                 )
+            elif any(one is not None for one in found) or not is_input(target):
+                draft.notes.append(f"{target} is no floating-point tensor here and stays as it is")
             del draft.targets[target]
             continue
         draft.targets[target], problem = fitted(plan, seen.shape)
@@ -149,16 +152,30 @@ def _shaped(draft: Draft, calls: Sequence[Boundary], end: Sequence[Boundary], pr
 
 
 def _ends(layers: Sequence[LayerPlan], graph: Graph) -> dict[int, tuple[LayerPlan, str]]:
-    """The node that makes a layer's one output -> (layer, that output's target); outputs that stay float count, too."""
+    """The node that makes a layer's one output -> (layer, that output's target); outputs that stay float count, too.
+
+    Where the last layer inside another one makes what the outer one returns, the outer one's rounding is what arrives.
+    """
     ends: dict[int, tuple[LayerPlan, str]] = {}
-    for layer in layers:
+    for layer in sorted(layers, key=lambda layer: -layer.name.count(".")):
         for call in graph.boundaries.get(layer.end, ()):
             made = {key: seen for key, seen in call.outputs.items() if seen.shape is not None}
             if len(made) == 1:
                 (key, seen), *_ = made.items()
                 target = next((t for t in layer.targets if not is_input(t) and output_key(t, call.outputs) == key), OUTPUT)
-                ends[seen.source] = (layer, target)
+                if seen.source not in graph.split and (seen.source not in ends or _rounded_output(layer, target)):
+                    ends[seen.source] = (layer, target)
     return ends
+
+
+def _enclosing(layer: LayerPlan, layers: Sequence[LayerPlan]) -> LayerPlan | None:
+    """The innermost layer around this one that rounds what it is given."""
+    around = [
+        other
+        for other in layers
+        if layer.name.startswith(f"{other.name}.") and any(is_input(t) and p.active for t, p in other.targets.items())
+    ]
+    return max(around, key=lambda other: len(other.name), default=None)
 
 
 def _rounded_output(layer: LayerPlan, target: str) -> TargetPlan | None:
@@ -175,7 +192,7 @@ def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
     ends = _ends(layers, graph)
     stops = {index for index, end in ends.items() if _rounded_output(*end) is not None}
     order = sorted(layers, key=lambda layer: graph.boundaries[layer.name][0].order)
-    first_reader: dict[tuple[int, tuple[Any, ...]], str] = {}
+    first_reader: dict[tuple[int, str, tuple[Any, ...]], str] = {}
     source: dict[tuple[str, str], str] = {}
 
     def origin(index: int) -> int:
@@ -184,6 +201,8 @@ def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
         return index
 
     for layer in order:
+        around = _enclosing(layer, layers)
+        inside = "" if around is None else f"{around.name}."  # what comes in there is rounded anew
         for target, plan in layer.targets.items():
             if not is_input(target) or not plan.active:
                 continue
@@ -192,13 +211,15 @@ def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
             whole = plan.spec.granularity == "per_tensor"
             makers = [ends.get(origin(index) if whole else index) for index in reads]
             maker = makers[0] if all(m is not None and m == makers[0] for m in makers) else None
-            made = None if maker is None or layer.name.startswith(f"{maker[0].name}.") else _rounded_output(*maker)
+            if maker is not None and (layer.name.startswith(f"{maker[0].name}.") or not maker[0].name.startswith(inside)):
+                maker = None
+            made = None if maker is None else _rounded_output(*maker)
             if made is not None and made.spec.grid == plan.spec.grid:
                 assert maker is not None
                 source[layer.name, target] = f"{maker[0].name}.{maker[1]}"
-            elif len(reads) == 1 and min(reads) >= 0:
+            elif len(reads) == 1 and min(reads) >= 0 and not reads & graph.split:
                 own = f"{layer.name}.{target}"
-                owner = first_reader.setdefault((min(reads), plan.spec.grid), own)
+                owner = first_reader.setdefault((min(reads), inside, plan.spec.grid), own)
                 if owner != own:
                     source[layer.name, target] = owner
     return [
@@ -270,6 +291,8 @@ def make_plan(
 
 def scope_of(model: nn.Module, root: str | None) -> nn.Module:
     """The module that names in a config_list are relative to."""
+    if not isinstance(root, str | None):
+        raise ConfigError(f"root: expected the name of a submodule or None, got {root!r}.")
     modules = dict(model.named_modules())
     if root and root not in modules:
         near = closest(root, modules)
@@ -302,14 +325,19 @@ def plan_from_graph(
     """`make_plan` on a forward that was recorded already (of `root`, names relative to it), or on none."""
     rules = parse_rules(config_list)
     local = parse_settings(settings)
-    modules = Modules(scope_of(model, root))
+    modules = Modules(scope_of(model, root), root or "")
     if any(is_group_head(module) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is already prepared; call restore_model(model) before planning again.")
     problems: Problems = []
     notes: list[str] = []
     drafts: dict[str, Draft] = {}
+    for name in local or {}:
+        if not any(is_called(type(module), name) for module in modules.by_name.values()):
+            hint = guess(name, [type(module).__name__ for module in modules.by_name.values()])
+            problems.append(f"settings: {name!r} matches no module; the model has {modules.types()}.{hint}")
     chosen = {rule.where: apply_rule(rule, modules, drafts, problems, notes, local) for rule in rules}
     collect_groups(rules, chosen, modules, drafts, problems)
+    problems.extend(claim_parts(drafts, modules.by_name))
     if graph is None:
         if any(draft.group for draft in drafts.values()):
             problems.append(
@@ -322,7 +350,7 @@ def plan_from_graph(
             f"no recorded forward ({no_graph_because}): every input has its own quantizer and every output is quantized{auto}; "
             "give example_input to share them"
         )
-    layers = _layers(drafts, modules.by_name, graph, notes, problems)
+    layers = _layers(rules, drafts, modules.by_name, graph, notes, problems)
     prefix = f"{root}." if root else ""
     return Plan(layers=tuple(_renamed(layer, prefix) for layer in layers), notes=tuple(notes))
 
@@ -346,7 +374,12 @@ def parse_settings(settings: Any) -> dict[str, Setting] | None:
 
 
 def _layers(
-    drafts: dict[str, Draft], modules: Mapping[str, nn.Module], graph: Graph | None, notes: list[str], problems: Problems
+    rules: Sequence[Rule],
+    drafts: dict[str, Draft],
+    modules: Mapping[str, nn.Module],
+    graph: Graph | None,
+    notes: list[str],
+    problems: Problems,
 ) -> list[LayerPlan]:
     """The layers in the order of the model, checked against the recorded forward where there is one."""
     names = [name for name in modules if name in drafts]
@@ -354,16 +387,17 @@ def _layers(
         for name in names:
             targets = drafts[name].targets
             targets.update({t: fitted(plan, None)[0] for t, plan in targets.items() if is_activation(t)})
-        raise_problems(problems)
+        raise_problems([*problems, *idle_keys(rules, drafts.values())])
         return [_layer(drafts[name], modules) for name in names]
     for name in names:
         if name in drafts:
             _against_forward(drafts[name], drafts, modules, graph, notes, problems)
-    raise_problems(problems)
+    raise_problems([*problems, *idle_keys(rules, drafts.values())])
     layers = [_layer(drafts[name], modules) for name in names if name in drafts]
     if not layers:
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise ConfigError(
-            "config_list: none of the selected modules is called in the recorded forward; check example_input and root."
+            f"config_list: none of the selected modules ({some}) is called in the recorded forward; check example_input and root."
         )
     layers = [_free_last_output(layer, layers, drafts[layer.name].explicit, graph) for layer in layers]
     if not any(layer.targets for layer in layers):
@@ -384,17 +418,17 @@ def _against_forward(
     if draft.auto and calls and not draft.group:
         taken = {member for other in drafts.values() for member in other.group}
         taken |= {other.name for other in drafts.values() if other.named}
-        draft.group = auto_group(name, modules, graph, taken, fold_norm="bias" not in draft.targets)
+        parts = {part for other in drafts.values() for part in parts_of(other)}
+        taken |= {other for other, module in modules.items() if module in parts}
+        draft.group, why = auto_group(name, modules, graph, taken, fold_norm="bias" not in draft.targets)
+        draft.notes += [f"not fused further: {why.rstrip('.')}"] if why else []
         absorb(draft, drafts, quietly=True)
     elif draft.group and (problem := flow_problem(draft.group, modules, graph)):
         problems.append(f"{draft.fused_by}: fuse_names {draft.group!r}: {problem}")
         return
     if not calls:
         del drafts[name]
-        # An attention layer reads the weight of its out_proj past the call, and has it as a target of its own.
-        owners = (other for other in drafts.values() if name.startswith(f"{other.name}."))
-        if not any(f"{name.removeprefix(f'{other.name}.')}.weight" in other.targets for other in owners):
-            notes.append(f"{name} ({type(draft.module).__name__}) is not called in the recorded forward and stays float")
+        notes.append(f"{name} ({type(draft.module).__name__}) is not called in the recorded forward and stays float")
         return
     if "bias" in draft.targets and any(isinstance(modules[member], BatchNorm) for member in draft.group):
         problems.append(

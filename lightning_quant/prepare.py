@@ -19,6 +19,7 @@ from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
 from lightning_quant.plan import LayerPlan, Plan
 from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
 from lightning_quant.schedule import Phase
+from lightning_quant.settings import kept_bases
 from lightning_quant.targets import Arguments, is_activation, is_input
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
@@ -41,24 +42,47 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
         raise ConfigError(
             f"the plan names {', '.join(map(repr, missing))}, which {type(model).__name__} lacks; make the plan anew."
         )
+    other = [layer for layer in plan.layers if not _is_of(modules[layer.name], layer)]
+    if other:
+        raise ConfigError(
+            f"the plan has a {other[0].type} called {other[0].name!r}, which is a {type(modules[other[0].name]).__name__} here; "
+            "make the plan anew."
+        )
     quantizers = _make_quantizers(plan, modules)
     sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
     groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
-    for group, head in groups:
-        if isinstance(group, FusedGroup):
-            install(group, head)
-        else:
-            join(group, head, WrappedModule)
+    try:
+        for group, head in groups:
+            if isinstance(group, FusedGroup):
+                install(group, head)
+            else:
+                join(group, head, WrappedModule)
+    except BaseException:
+        restore_model(model)
+        raise
     for module in model.modules():
-        # torch's fused encoder kernel reads the weights of linear1 and linear2 itself and would pass our layers by. It
-        # asks this attribute first; the copy that is deployed needs the same.
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
+        for kind, (switch, off) in _FAST_PATHS.items():
+            if isinstance(module, kind) and switch in module.__dict__:
+                module.__dict__[_SAVED + switch] = module.__dict__[switch]
+                module.__dict__[switch] = off
     return model
 
 
-_FAST_PATH = "_lightning_quant_fast_path"
+def _is_of(module: nn.Module, layer: LayerPlan) -> bool:
+    """Whether a layer of a plan can be this module: of its type, with its parameters."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    wanted = {name for name in layer.targets if not is_activation(name)}
+    return any(cls.__name__ == layer.type for cls in kept_bases(type(module))) and wanted <= parameters
+
+
+# torch's fused encoder kernel reads the weights of linear1 and linear2 itself and would pass our layers by; an encoder with a
+# padding mask hands nested tensors on, for that kernel alone. They ask these attributes first: (name, what turns it off). The
+# copy that is deployed needs the same.
+_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_SAVED = "_lightning_quant_"
 
 
 def _make_quantizers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, ActivationQuantizer]:
@@ -125,8 +149,9 @@ def restore_model(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         leave(module)
-        if isinstance(module, nn.TransformerEncoderLayer) and _FAST_PATH in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
+        for switch, _ in _FAST_PATHS.values():
+            if _SAVED + switch in module.__dict__:
+                module.__dict__[switch] = module.__dict__.pop(_SAVED + switch)
     return model
 
 
@@ -176,7 +201,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Take over ranges saved by `quantizer_state`.
 
     Raises:
-        ConfigError: if the names differ from the model's; nothing is loaded then.
+        ConfigError: if names or granularities differ from the model's; nothing is loaded then.
     """
     own = quantizer_state(model)
     if set(own) != set(state):
@@ -185,8 +210,20 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"the saved quantizers are of another config_list: missing {lacking}, unexpected {extra}. Use the config_list of "
             "that run, or load only its weights and start a new fit."
         )
+    differ = [q.name for _, group in prepared_groups(model).values() for q in group.quantizers if not q.accepts(state[q.name])]
+    if differ:
+        raise ConfigError(
+            f"the saved ranges of {', '.join(dict.fromkeys(differ))} have another granularity. Use the config_list of that run, "
+            "or load only its weights and start a new fit."
+        )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for _, group in prepared_groups(model).values():
         group.deployed = None
         for quantizer in group.quantizers:
             quantizer.load_state_dict(moved(state[quantizer.name], device))
+
+
+def fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Whether ranges saved by `quantizer_state` belong to this prepared model's quantizers."""
+    quantizers = {q.name: q for _, group in prepared_groups(model).values() for q in group.quantizers}
+    return set(quantizers) == set(state) and all(quantizer.accepts(state[name]) for name, quantizer in quantizers.items())

@@ -185,9 +185,7 @@ class ActivationQuantizer:
 
     def _observe_host(self, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):
-            if not self._warned:
-                warnings.warn(f"{self.name}: a batch holds NaN or infinity; it does not move the range.", stacklevel=2)
-                self._warned = True
+            self._warn()
             return
         if self.rectified:
             high = min(max(high, 0.0), self.cap)
@@ -199,6 +197,11 @@ class ActivationQuantizer:
             self.low, self.high = float(self.low), float(self.high)
             self.low += MOMENTUM * (low - self.low)
             self.high += MOMENTUM * (high - self.high)
+
+    def _warn(self) -> None:
+        if not self._warned:
+            warnings.warn(f"{self.name}: a batch holds NaN or infinity; it does not move the range.", stacklevel=3)
+            self._warned = True
 
     def _observe_device(self, low: Tensor, high: Tensor) -> None:
         finite = torch.isfinite(low) & torch.isfinite(high)
@@ -278,6 +281,10 @@ class ActivationQuantizer:
         low, high = (None if value is None or math.isnan(value) else float(value) for value in (self.low, self.high))
         return {"low": low, "high": high}
 
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether a saved range is one number a side, as this quantizer's."""
+        return not any(isinstance(side, Tensor) and side.dim() for side in state.values())
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a range saved by `state_dict`."""
         self.low, self.high = state["low"], state["high"]
@@ -298,8 +305,10 @@ class BlockQuantizer(ActivationQuantizer):
             return
         self.changes += 1
         low, high = (side.float() for side in block_range(x, self._kernel(x)))
-        if isinstance(self.low, Tensor) and self.low.shape != low.shape:
-            raise self._misfit(x, f"its ranges have the shape {tuple(self.low.shape)}, this batch needs {tuple(low.shape)}")
+        self._check(x)
+        if x.device.type == "cpu" and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            self._warn()
+            return
         self._observe_device(torch.zeros_like(low) if self.rectified else low, high)
 
     def _kernel(self, x: Tensor) -> tuple[int, ...]:
@@ -307,6 +316,17 @@ class BlockQuantizer(ActivationQuantizer):
         if len(kernel) != x.dim() or any(block > 0 and size % block for block, size in zip(kernel, x.shape, strict=True)):
             raise self._misfit(x, "which these blocks do not divide")
         return kernel
+
+    def _check(self, x: Tensor) -> None:
+        """Raise a ConfigError unless x has one block for each range."""
+        kernel = self._kernel(x)
+        blocks = tuple(1 if block == -1 else size // block for block, size in zip(kernel, x.shape, strict=True))
+        if isinstance(self.low, Tensor) and tuple(self.low.shape) != blocks:
+            raise self._misfit(x, f"its ranges have the shape {tuple(self.low.shape)}, this batch needs {blocks}")
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether a saved range has a value for each block."""
+        return all(side is None or (isinstance(side, Tensor) and side.dim() > 0) for side in state.values())
 
     def _misfit(self, x: Tensor, why: str) -> ConfigError:
         return ConfigError(
@@ -327,6 +347,10 @@ class BlockQuantizer(ActivationQuantizer):
 
     def _on_host(self, x: Tensor) -> Tensor:
         return self._on_device(x)
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return super()._on_device(x)
 
     def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
         scale, zero = super()._scale_and_zero(device)

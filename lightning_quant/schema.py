@@ -78,9 +78,45 @@ what was decided for every tensor, by which entry, and what was overruled.
 _PRECEDENCE = """\
 ## Precedence
 
-Within an entry, key by key: default ← setting of the type ← the entry's own keys ← its `target_settings`. A key that is `null`
-counts as not given. Between entries the later one wins, per module and target, whole: it starts from the setting again. What an
+Within an entry, key by key: default ← setting of the type ← the entry's own keys ← its `target_settings`. A quantization key
+that is `null` counts as not given. Between entries the later one wins, per module and target, whole: it starts from the setting again. What an
 entry leaves untouched (other modules, other targets) stays as earlier entries decided.
+"""
+_NOTES = """\
+## What the plan's notes mean
+
+Integer kernels run a convolution (not transposed) or linear layer whose input, weight and, for a convolution, output have up to
+8 bits, weights with one scale or one for each output channel, activations with one scale. Everything else is float arithmetic on
+rounded numbers: right, and as small a file, but no faster.
+
+| note | meaning |
+|---|---|
+| float arithmetic around its own forward | any other module type: its forward reads rounded parameters and arguments |
+| no integer kernel has ...: float arithmetic | more bits, or scales inside a channel or an activation |
+| no input grid / no output grid: float arithmetic | add `_input_` (`_output_`) to the targets to have it run on integers |
+| last layer: float output | a linear layer whose result no other quantized layer reads keeps its full precision; name `_output_` to round it |
+| last layer, output quantized | the same for a convolution, which runtimes have only with a rounded output |
+| shared with ... | the tensor is on that grid already, or another reader rounds it: one range for both |
+| overrules ... | an earlier entry decided this target, too |
+| one scale: ... / ... is for weights | the entry's granularity does not fit this target |
+
+## From the command line and from Hydra
+
+```console
+$ python train.py fit --config config.yaml --trainer.callbacks+=lightning_quant.QuantFusionCallback --trainer.callbacks.config_list=int8
+```
+
+In the YAML of LightningCLI the callback stands in `trainer.callbacks` with `class_path: lightning_quant.QuantFusionCallback` and its
+arguments under `init_args`; a path there is relative to that YAML. For Hydra: `_target_: lightning_quant.QuantFusionCallback` beside
+`config_list:`. A file holds the list, one entry, a preset's name or a dict with the one key `config_list`; a file of `settings` holds
+a dict from class names to settings:
+
+```yaml
+CustomizedModule:
+  _input_: {granularity: per_channel}
+  p1: {quant_dtype: int4}
+```
+
 """
 _DEVIATIONS = """\
 ## Where this differs from NNI 3.0
@@ -103,6 +139,7 @@ _DEVIATIONS = """\
 | `_input_<argument>` does nothing for positional arguments | any argument, passed by position or by name | |
 | `target_settings['_input_1']` replaces what is said for `_input_` | is merged over it, key by key | |
 | a target in `target_settings` that `target_names` leaves out is ignored | is an error | |
+| buffers can be targets | parameters only | a buffer has no gradient to train it |
 | a target that a registered setting lacks is a `KeyError` | has the defaults, where the module has such a tensor | a registered setting says what is quantized unless told otherwise |
 | a fused activation must have `_output_` among the targets | need not: the result is then a float ReLU | |
 | a convolution whose output is read twice is fused, and wrong | refused, with the name of the other reader | |
@@ -155,8 +192,13 @@ def page() -> str:
         "|---|---|",
         *_registered(),
         "",
+        "A parameter is rounded where the module's own forward reads it by its name (`self.p1`). What it reads otherwise stays float:",
+        "through `self.parameters()`, in another method that is called from outside, in a generator, in a part that",
+        "`torch.utils.checkpoint` computes a second time; such a module cannot be converted, or must be left out.",
+        "",
         f"Operators that models call as functions have settings, too, but cannot be quantized yet: {', '.join(OPERATORS)}.",
         "",
+        _NOTES,
         _DEVIATIONS,
     ]
     return "\n".join(parts)

@@ -37,19 +37,26 @@ def dotted(cls: type) -> str:
 
 def kept_bases(module_type: type[nn.Module]) -> list[type[nn.Module]]:
     """`module_type` and those of its bases whose forward it keeps, nearest first: what it may be called in a config."""
-    forward = module_type.forward
-    return [c for c in module_type.__mro__ if issubclass(c, nn.Module) and c is not nn.Module and c.forward is forward]
+    forward = _forward(module_type)
+    return [c for c in module_type.__mro__ if issubclass(c, nn.Module) and c is not nn.Module and _forward(c) is forward]
+
+
+def _forward(module_type: type[nn.Module]) -> Any:
+    try:
+        return module_type.forward
+    except AttributeError:  # a scripted module's class has none to show
+        return module_type
 
 
 def is_called(module_type: type[nn.Module], name: str) -> bool:
     """Whether `name` is a class name or dotted path of `module_type` or of a base whose forward it keeps."""
-    for cls in kept_bases(module_type):
-        if name in (cls.__name__, dotted(cls)):
-            return True
-        where, _, last = name.rpartition(".")  # torch.nn.Conv2d is defined in torch.nn.modules.conv
-        if where in sys.modules and getattr(sys.modules[where], last, None) is cls:
-            return True
-    return False
+    return any(name == cls.__name__ or _is_path_of(name, cls) for cls in kept_bases(module_type))
+
+
+def _is_path_of(name: str, cls: type) -> bool:
+    """Whether a dotted path leads to `cls`: where it is defined, or where a package shows it (`torch.nn.Conv2d`)."""
+    where, _, last = name.rpartition(".")
+    return name == dotted(cls) or (where in sys.modules and getattr(sys.modules[where], last, None) is cls)
 
 
 def checked_setting(setting: Any, rows: Mapping[str, Key], where: str, problems: Problems) -> Setting:
@@ -85,10 +92,8 @@ class _Registry:
         Raises:
             ConfigError: for unknown keys or values, and for a second class with the name of a registered one.
         """
-        name = module_type if isinstance(module_type, str) else getattr(module_type, "__name__", repr(module_type))
+        name = cls._name_of(module_type, ".register")
         where, problems = f"{cls.__name__}.register({name!r})", list[str]()
-        if not isinstance(module_type, str) and not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-            raise ConfigError(f"{cls.__name__}.register: expected a module class or its name, got {module_type!r}.")
         if isinstance(module_type, type):
             known = cls._types.get(name)
             if known is not None and dotted(known) != dotted(module_type):
@@ -102,6 +107,8 @@ class _Registry:
         cls.registry[name] = copied
         if isinstance(module_type, type):
             cls._types[name] = module_type
+        elif name in cls._types and not cls._types[name].__module__.startswith("torch."):
+            del cls._types[name]  # by name it is any class of that name, not the one of an earlier registration
 
     @classmethod
     def unregister(cls, module_type: str | type[nn.Module]) -> None:
@@ -110,7 +117,7 @@ class _Registry:
         Raises:
             ConfigError: if it has none.
         """
-        name = module_type if isinstance(module_type, str) else module_type.__name__
+        name = cls._name_of(module_type)
         if name not in cls.registry:
             raise ConfigError(cls._unregistered(name))
         del cls.registry[name]
@@ -123,12 +130,12 @@ class _Registry:
         Raises:
             ConfigError: if it has none, with the closest names that have one.
         """
+        name = cls._name_of(type(module_type) if isinstance(module_type, nn.Module) else module_type)
         if isinstance(module_type, str):
             found = cls.registry.get(module_type)
-            name = module_type
         else:
             module_class = type(module_type) if isinstance(module_type, nn.Module) else module_type
-            found, name = cls.find(module_class), module_class.__name__
+            found = cls.find(module_class)
         if found is None:
             raise ConfigError(cls._unregistered(name))
         return copy.deepcopy({target: dict(keys) for target, keys in found.items()})
@@ -156,10 +163,19 @@ class _Registry:
         """
         for base in kept_bases(module_type):
             for settings in (local or {}, cls.registry):
-                for name in (dotted(base), base.__name__):
-                    if name in settings and (settings is local or cls._types.get(name) in (None, base)):
+                for name in (*(name for name in settings if "." in name and _is_path_of(name, base)), base.__name__):
+                    known = None if settings is local else cls._types.get(name)
+                    if name in settings and (known is None or dotted(known) == dotted(base)):  # a notebook defines classes anew
                         return settings[name]
         return None
+
+    @classmethod
+    def _name_of(cls, module_type: Any, call: str = "") -> str:
+        if isinstance(module_type, str):
+            return module_type
+        if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+            raise ConfigError(f"{cls.__name__}{call}: expected a module class or its name, got {module_type!r}.")
+        return module_type.__name__
 
     @classmethod
     def _unregistered(cls, name: str) -> str:

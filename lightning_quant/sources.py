@@ -181,7 +181,7 @@ def _file_content(path: Path, name: str) -> Any:
         raise ConfigError(f"{name}: {path}, line {error.lineno}, column {error.colno}: {error.msg}; correct the JSON.") from error
     except _DuplicateKeyError as error:
         raise ConfigError(f"{name}: {path}: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # what is no character, what looks like a date and is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # what is no character, what looks like a date and is none
         raise ConfigError(f"{name}: {path}: {str(error).splitlines()[0]}; correct the file.") from error
 
 

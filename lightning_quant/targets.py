@@ -72,7 +72,7 @@ class Arguments:
     def __init__(self, module_type: type[nn.Module]) -> None:
         try:
             parameters = list(inspect.signature(module_type.forward).parameters.values())[1:]
-        except (TypeError, ValueError):  # a scripted or built-in forward says nothing of its arguments
+        except (AttributeError, TypeError, ValueError):  # a scripted or built-in forward says nothing of its arguments
             parameters = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
         named = [p for p in parameters if p.kind in _POSITIONAL]
         plain = [None if p.default is inspect.Parameter.empty else p.default for p in named]
@@ -154,7 +154,10 @@ def with_outputs(result: Any, act: Mapping[str, Callable[[Tensor], Tensor]]) -> 
     if isinstance(result, list | tuple):
         return type(result)(*new.values()) if hasattr(result, "_fields") else type(result)(new.values())
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return dataclasses.replace(result, **{key.removeprefix(OUTPUT): value for key, value in changed.items()})
+        clone = copy.copy(result)
+        for key, value in changed.items():
+            object.__setattr__(clone, key.removeprefix(OUTPUT), value)  # the dataclass may be frozen
+        return clone
     return new[OUTPUT]
 
 

@@ -9,40 +9,21 @@ what they stand for, in float arithmetic.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.group import KEY, Group, Member, leave, own_class
-from lightning_quant.integer import IntegerTensor, Rounding, integer_tensor
+from lightning_quant.group import KEY, Group, Member, hidden, leave, own_class
+from lightning_quant.integer import Rounding, integer_tensor
 from lightning_quant.quantizers import ActivationQuantizer, fake_quantize_weight
 from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
 
 Round = Callable[[Tensor], Tensor]
-
-
-@contextlib.contextmanager
-def hidden(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within this context `module` and its children read `tensors` in place of their parameters of these names."""
-    places = [(*owner_of(module, name), tensor) for name, tensor in tensors.items()]
-    recurrent = [owner for owner in dict.fromkeys(owner for owner, _, _ in places) if isinstance(owner, nn.RNNBase)]
-    flat = [owner._flat_weights for owner in recurrent]
-    try:
-        for owner, name, tensor in places:
-            owner.__dict__[name] = tensor
-        for layer, weights in zip(recurrent, flat, strict=True):  # they read a list that they keep beside their parameters
-            names = layer._flat_weights_names
-            layer.__dict__["_flat_weights"] = [layer.__dict__.get(n, w) for n, w in zip(names, weights, strict=True)]
-        yield
-    finally:
-        for owner, name, _ in places:
-            owner.__dict__.pop(name, None)
-        for layer, weights in zip(recurrent, flat, strict=True):
-            layer.__dict__["_flat_weights"] = weights
+_ONE_AT_A_TIME = threading.RLock()  # parameters are exchanged in the module itself, which threads of a server may share
 
 
 def _rounded_call(
@@ -147,7 +128,9 @@ class WrappedModule(Member):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on rounded tensors, or the deployed layer."""
-        group: ModuleGroup = self.__dict__[KEY]
+        group: ModuleGroup | None = self.__dict__.get(KEY)
+        if group is None:
+            return super().forward(*args, **kwargs)
         passed = [*args, *kwargs.values()]
         if group.begin(self, [value for value in passed if isinstance(value, Tensor)]):
             return group.deployed_now(self)(*args, **kwargs)
@@ -173,23 +156,27 @@ class QuantizedModule(nn.Module):
         self.first = [shared.setdefault(id(quantizer), i) for i, (_, quantizer, *_) in enumerate(group.inputs)]
         self.parameter_dtypes: dict[str, torch.dtype] = {}
         self.inner: nn.Module | None = None
-        for name, spec in group.parameters.items():
-            parameter = _parameter(head, name)
-            self.parameter_dtypes[name] = parameter.dtype
-            self._store(name, integer_tensor(parameter, spec))
+        self.stored: dict[str, tuple[str, str, str]] = {}
+        integers = {name: integer_tensor(_parameter(head, name), spec) for name, spec in group.parameters.items()}
+        for name, tensor in integers.items():
+            self.parameter_dtypes[name] = _parameter(head, name).dtype
+            self.stored[name] = (self._store(name.replace(".", "__"), tensor.q), "", "")
+        for name, tensor in integers.items():  # after the integers, so that a parameter called `w_scale` keeps its name
+            key = self.stored[name][0]
+            zero_point = "" if tensor.zero_point is None else self._store(f"{key}_zero_point", tensor.zero_point)
+            self.stored[name] = (key, self._store(f"{key}_scale", tensor.scale), zero_point)
         self.eval()
 
-    def _store(self, name: str, integers: IntegerTensor) -> None:
-        key = name.replace(".", "__")
-        self.register_buffer(key, integers.q)
-        self.register_buffer(f"{key}_scale", integers.scale)
-        if integers.zero_point is not None:
-            self.register_buffer(f"{key}_zero_point", integers.zero_point)
+    def _store(self, key: str, tensor: Tensor) -> str:
+        """Register a buffer under `key`, or the next name that is free."""
+        while hasattr(type(self), key) or key in self.__dict__ or key in self._buffers or key in self._modules:
+            key += "_"
+        self.register_buffer(key, tensor)
+        return key
 
     def _value(self, name: str) -> Tensor:
-        key = name.replace(".", "__")
-        zero_point = self._buffers.get(f"{key}_zero_point")
-        value: Tensor = torch.ops.lightning_quant.dequantize_weight(self._buffers[key], self._buffers[f"{key}_scale"], zero_point)
+        q, scale, zero_point = (self._buffers.get(key) for key in self.stored[name])
+        value: Tensor = torch.ops.lightning_quant.dequantize_weight(q, scale, zero_point)
         return value.to(self.parameter_dtypes[name])
 
     def take_over(self) -> None:
@@ -222,7 +209,7 @@ class QuantizedModule(nn.Module):
         rounds = [_carrying(act) for act in self.rounds_in]
         inputs = [(argument, rounds[i]) for argument, i in zip(self.arguments, self.first, strict=True)]
         outputs = {target: _carrying(act) for target, act in zip(self.targets, self.rounds_out, strict=True)}
-        with hidden(module, {name: self._value(name) for name in self.parameter_dtypes}):
+        with _ONE_AT_A_TIME, hidden(module, {name: self._value(name) for name in self.parameter_dtypes}):
             return _rounded_call(forward, inputs, outputs, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -237,7 +224,7 @@ class QuantizedModule(nn.Module):
 
     def extra_repr(self) -> str:
         """The module's type, and which tensors are integers."""
-        stored = [f"{name}: {str(self._buffers[name.replace('.', '__')].dtype)[6:]}" for name in self.parameter_dtypes]  # type: ignore[union-attr]
+        stored = [f"{name}: {str(getattr(self, keys[0]).dtype).removeprefix('torch.')}" for name, keys in self.stored.items()]
         return ", ".join([self.type_name, *stored, "float arithmetic"])
 
 

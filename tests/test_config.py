@@ -245,10 +245,12 @@ WORDS: list[tuple[str, Any, str]] = [
     ("quant_dtype", "int08", f"'int08' is no integer type; {TYPES} Did you mean 'int8'?"),
     ("quant_dtype", "uint-8", f"'uint-8' is no integer type; {TYPES} Did you mean 'uint8'?"),
     ("quant_dtype", "int\u0668", f"'int\u0668' is no integer type; {TYPES} Did you mean 'int8'?"),
-    ("quant_dtype", "INT8", f"'INT8' is no integer type; {TYPES}"),
+    ("quant_dtype", "INT8", f"'INT8' is no integer type; {TYPES} Did you mean 'int8'?"),
     ("quant_dtype", "float8", f"'float8' is no integer type; {TYPES}"),
-    ("quant_dtype", 8, f"8 is no integer type; {TYPES}"),
-    ("quant_dtype", ["int8"], f"['int8'] is no integer type; {TYPES}"),
+    ("quant_dtype", 8, f"8 is no integer type; {TYPES} Did you mean 'int8'?"),
+    ("quant_dtype", True, f"True is no integer type; {TYPES}"),
+    ("quant_dtype", "torch.qint8", f"'torch.qint8' is no integer type; {TYPES} Did you mean 'int8'?"),
+    ("quant_dtype", ["int8"], f"['int8'] is no integer type; {TYPES} Did you mean 'int8'?"),
     ("quant_scheme", "symetric", "'symetric' is not one of affine, symmetric. Did you mean 'symmetric'?"),
     ("quant_scheme", True, "True is not one of affine, symmetric."),
     ("granularity", "per_chanel", f"'per_chanel' is not one of {', '.join(GRANULARITIES)}, {SIZES} Did you mean 'per_channel'?"),
@@ -356,6 +358,29 @@ def test_a_wrong_shape_of_groups_or_target_settings(key: str, value: Any, where:
 )
 def test_an_unknown_key_of_an_entry(key: Any, hint: str) -> None:
     assert error_of([{"op_types": ["Linear"], key: 1}]) == f"config_list[0]: unknown key {key!r}; allowed: {KEYS}.{hint}"
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        *((key, "pruning") for key in ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "sparsity")),
+        *((key, "pruning") for key in ("align", "global_group_id", "dependency_group_id", "internal_metric_block")),
+        ("lambda", "distillation"),
+        ("link", "distillation"),
+    ],
+)
+def test_a_key_of_what_is_still_to_be_built(key: str, kind: str) -> None:
+    text = f"{key!r} is a key of {kind}, which this release does not have yet; allowed:"
+    assert error_of([{"op_types": ["Linear"], key: 0.5}]) == f"config_list[0]: {text} {KEYS}."
+    entry = {"op_types": ["Linear"], "target_settings": {"weight": {key: 0.5}}}
+    assert error_of([entry]) == f"config_list[0]['target_settings']['weight']: {text} {TARGET_KEYS}."
+
+
+@pytest.mark.parametrize("key", ["op_name", "op_type", "op_name_re", "op_names_regex"])
+def test_a_misspelt_selection_is_one_problem(key: str) -> None:
+    text = error_of([{key: ["a"]}])
+    assert text.startswith(f"config_list[0]: unknown key {key!r}; allowed: ")
+    assert text.count("\n") == 0
 
 
 @pytest.mark.parametrize(("key", "hint"), [("quant_dtyp", " Did you mean 'quant_dtype'?"), ("op_names", ""), (None, "")])

@@ -665,7 +665,7 @@ def test_a_pruning_entry_is_refused_with_the_key_named() -> None:
         "op_names": ["fc1"],
         "target_settings": {"weight": {"align": {"module_name": "fc2", "target_name": "weight", "dims": [0]}}},
     }
-    with pytest.raises(ConfigError, match=r"config_list\[0\]\['target_settings'\]\['weight'\]: unknown key 'align'"):
+    with pytest.raises(ConfigError, match=r"config_list\[0\]\['target_settings'\]\['weight'\]: 'align' is a key of pruning"):
         make_plan(Two(), [entry])
 
 

@@ -823,7 +823,7 @@ def test_a_layer_that_is_not_called_is_noted_and_stays_float() -> None:
 
 
 def test_nothing_left_to_quantize_is_an_error() -> None:
-    text = "config_list: none of the selected modules is called in the recorded forward; check example_input and root."
+    text = "config_list: none of the selected modules (unused) is called in the recorded forward; check example_input and root."
     assert error_of(Net(), [{"op_names": ["unused"]}], IMAGE) == text
 
 

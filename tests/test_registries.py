@@ -221,7 +221,11 @@ WRONG: list[tuple[Registry, Any, str]] = [
     (QuantizationSetting, {"p": {"quant_dtype": "int99"}}, r"\['p'\]\['quant_dtype'\]: 'int99' has more than 16 bits"),
     (QuantizationSetting, {"p": {"granularity": [0]}}, r"\['p'\]\['granularity'\]: expected one of"),
     (QuantizationSetting, {"p": {"apply_method": "mul"}}, r"\['apply_method'\]: 'mul' is not one of bypass, clamp_round"),
-    (QuantizationSetting, {"p": {"sparse_ratio": 0.5}}, "unknown key 'sparse_ratio'"),
+    (
+        QuantizationSetting,
+        {"p": {"sparse_ratio": 0.5}},
+        "'sparse_ratio' is a key of pruning, which this release does not have yet",
+    ),
     (QuantizationSetting, {"p": {"observer": "max"}}, r"\['observer'\]: 'max' is not one of default, moving_average, minmax"),
     (QuantizationSetting, {}, r"^QuantizationSetting.register\('Own'\): the setting has no target"),
     (QuantizationSetting, ["p"], r"expected a dict from target to settings, got \['p'\]"),
@@ -319,7 +323,6 @@ def test_a_class_that_is_defined_again_replaces(registry: Registry) -> None:
     assert registry._types["Cell"] is again
 
 
-@pytest.mark.xfail(reason="settings.py: find compares classes by identity, register by their path")
 def test_a_class_that_is_defined_again_is_found_without_registering_again() -> None:
     cell, again = (class_of_another_file("Cell", "__main__") for _ in range(2))
     QuantizationSetting.register(cell, {"_input_": {}})
@@ -485,7 +488,6 @@ def test_pruning_masks_follow_the_weight() -> None:
     assert list(PruningSetting.get("Embedding")) == ["weight"]
 
 
-@pytest.mark.xfail(reason="settings.py: find compares only the path where a class is defined")
 def test_a_module_type_by_any_of_its_dotted_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.nn.Linear is defined in torch.nn.modules.linear; a user's package re-exports its classes, too."""
     package = ModuleType("some_package")

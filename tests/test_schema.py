@@ -15,6 +15,7 @@ from torch import nn
 from lightning_quant import QuantizationSetting, make_plan, schema
 from lightning_quant.config import PRESETS, parse_rules
 from lightning_quant.keys import ENTRY, QUANTIZATION
+from lightning_quant.plan import parse_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +77,10 @@ def test_what_the_parser_takes_the_schema_takes(config_list: Any) -> None:
         {"op_types": ["Linear"], "quant_dtyp": "int8"},
         *({"op_types": ["Linear"], "quant_dtype": dtype} for dtype in ("int1", "int17", "float8", "int08", 8)),
         *({"op_types": ["Linear"], "granularity": value} for value in ("channel", [0], [[1], "left", -1], [[1]], [1.5], [True])),
-        *({"op_types": ["Linear"], "target_settings": value} for value in (["a"], {"weight": {"op_names": ["a"]}}, {"weight": 3})),
+        *(
+            {"op_types": ["Linear"], "target_settings": value}
+            for value in (["a"], {"weight": {"op_names": ["a"]}}, {"weight": 3})
+        ),
         *(
             {"op_types": ["Linear"], "fuse_names": value}
             for value in ("all", ["a", "b"], [["a"]], [["a", "b", "c", "d"]], [["a", "a"]])
@@ -92,7 +96,8 @@ def test_what_the_parser_refuses_the_schema_refuses(config_list: Any) -> None:
 
 def test_the_examples_fit_the_schema() -> None:
     assert valid(yaml.safe_load((ROOT / "examples" / "quant.yaml").read_text()))
-    (snippet,) = re.findall(r"```yaml\n(.*?)```", schema.page(), flags=re.DOTALL)
+    snippet, settings = re.findall(r"```yaml\n(.*?)```", schema.page(), flags=re.DOTALL)
+    assert parse_settings(yaml.safe_load(settings))
     assert valid(yaml.safe_load(snippet))
     assert len(parse_rules(yaml.safe_load(snippet))) == 2
 

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.keys import QUANTIZATION
+from lightning_quant.keys import PRUNING, QUANTIZATION
 from lightning_quant.settings import (
     OPERATORS,
     QuantizationSetting,
@@ -292,6 +292,13 @@ def test_the_problems_of_a_setting_are_collected(setting: Any, expected: list[st
     problems: list[str] = []
     checked_setting(setting, QUANTIZATION, "here", problems)
     assert problems == expected
+
+
+def test_the_module_of_an_alignment_is_a_name_or_none() -> None:
+    problems: list[str] = []
+    align = {"module_name": 3, "target_name": "weight", "dims": [0]}
+    checked_setting({"bias": {"align": align}}, PRUNING, "here", problems)
+    assert problems == ["here['bias']['align']['module_name']: expected a module's name or None for the same module, got 3."]
 
 
 def test_a_checked_setting_is_a_deep_copy() -> None:
