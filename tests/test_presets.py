@@ -171,28 +171,30 @@ def test_a_preset_from_training_to_onnxruntime(kind: str, preset: str, tmp_path:
     assert torch.equal(evaluated(deployed, example), found)
     assert list(net.state_dict()) == keys
     assert not [name for name, p in deployed.named_parameters() if p.dim() > 1], "every matrix is integers"
+    other = make(3)
+    expected = evaluated(deployed, other)
+    restore_model(net)
+    assert (evaluated(net, other) - expected).abs().mean() < (0.2 if preset == "w4a8" else 0.05) * expected.abs().mean()
+    if (kind, preset) == ("words", "w4a8"):
+        return  # in a file it is what int8 is, and exporting takes time
     path = export_model(deployed, tmp_path / "m.onnx", example_input=example)
     stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
-    large = [name for name, t in stored.items() if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1 and min(t.dims) > 1]
-    assert not large, "no float matrix in the file"
+    floats = [t for t in stored.values() if t.data_type == onnx.TensorProto.FLOAT]
+    assert not [t.name for t in floats if len(t.dims) > 1 and min(t.dims) > 1], "no float matrix in the file"
     session = onnxruntime_session(path)
-    other = make(3)
     (again,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-    expected = evaluated(deployed, other)
     difference = (torch.as_tensor(again) - expected).abs()
     assert difference.max() < (1e-5 if kind == "images" or preset == "int8-weight-only" else 0.05 * expected.abs().max())
-    if preset == "int8":
+    if (kind, preset) == ("images", "int8"):
         loaded = load_deployed(export_model(deployed, tmp_path / "m.pt2", example_input=example))
         assert torch.equal(evaluated(loaded, other), expected)
-    restore_model(net)
-    assert (evaluated(net, other) - expected).abs().max() < (0.35 if preset == "w4a8" else 0.1) * expected.abs().max()
 
 
-# -- what onnxruntime must leave alone ---------------------------------------------------------------------------------------------
+# -- what onnxruntime must leave alone -------------------------------------------------------------------------------
 
 
 class Between(nn.Module):
-    """Float layers of all kinds between quantized ones, each followed by what runtimes fuse."""
+    """Layers with float weights between quantized ones, each followed by what runtimes fuse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,15 +223,6 @@ def test_float_layers_between_quantized_ones_stay_float_in_onnxruntime(tmp_path:
     assert (difference > 1e-5).float().mean() < 0.05, "a tipped level here and there, not other weights"
 
 
-def test_layers_without_a_quantized_weight_keep_it_in_onnxruntime(tmp_path: Path) -> None:
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)), images()
-    prepared(net, [{"op_types": ["Conv2d", "Linear"], "target_names": ["_input_", "_output_"]}], x).train()(x)
-    deployed = convert_model(net)
-    session = onnxruntime_session(export_model(deployed, tmp_path / "m.onnx", example_input=x))
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert ((torch.as_tensor(found) - evaluated(deployed, x)).abs() > 1e-5).float().mean() < 0.05
-
-
 class Products(nn.Module):
     """One matrix from the left, one from the right, as a linear layer and in parts: three-dimensional data."""
 
@@ -242,7 +235,7 @@ class Products(nn.Module):
         return nn.functional.linear(self.left @ x @ self.right, self.rows) + heads.sum(1)
 
 
-@pytest.mark.parametrize("ends", [(), ("_input_",), ("_input_", "_output_")], ids=["weights", "input", "both"])
+@pytest.mark.parametrize("ends", [(), ("_input_", "_output_")], ids=["weights", "all"])
 def test_parameters_of_any_module_are_multiplied_as_they_are(ends: tuple[str, ...], tmp_path: Path) -> None:
     """onnxruntime takes scales of rows for scales of columns, or rounds the data to 8 bits, unless it is held off."""
     net, x = nn.Sequential(Products()), torch.randn(4, 16, 16)
@@ -261,15 +254,7 @@ def test_parameters_of_any_module_are_multiplied_as_they_are(ends: tuple[str, ..
     assert ((torch.as_tensor(found) - expected).abs() > 1e-5 * expected.abs().max()).float().mean() < 0.002
 
 
-def test_exporting_says_nothing_that_nobody_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    net, x = nn.Sequential(nn.EmbeddingBag(30, 16)), indices()
-    prepare_model(net, make_plan(net, "int8-weight-only", example_input=x)).train()(x)
-    with caplog.at_level("INFO"):
-        export_model(convert_model(net), tmp_path / "m.onnx", example_input=x)
-    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
-
-
-# -- encoders with masks -------------------------------------------------------------------------------------------------------------
+# -- encoders with masks ---------------------------------------------------------------------------------------------
 
 
 def test_an_encoder_with_a_padding_mask() -> None:

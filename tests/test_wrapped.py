@@ -635,9 +635,19 @@ def test_other_precisions(name: str, where: str) -> None:
         assert out.dtype == torch.float64
 
 
-# Of each kind one, because exporting takes time; the presets' tests have convolutions, LSTM, GRU and whole encoders.
-IN_FILES = ["Bilinear", "ConvTranspose2d", "BatchNorm2d", "LayerNorm", "Embedding", "EmbeddingBag", "MultiheadAttention", "RNN"]
-IN_FILES += ["PReLU", "GELU", "Hardswish", "Softmax", "AvgPool2d", "MaxPool2d", "AdaptiveAvgPool2d", "Upsample"]
+# Of each kind one, because exporting takes time; the presets' tests have convolutions, LSTM and whole encoders.
+IN_FILES = [
+    "Bilinear",
+    "ConvTranspose2d",
+    "LayerNorm",
+    "EmbeddingBag",
+    "RNN",
+    "PReLU",
+    "GELU",
+    "Softmax",
+    "AvgPool2d",
+    "Upsample",
+]
 
 
 class Zoo(nn.Module):
@@ -649,12 +659,12 @@ class Zoo(nn.Module):
         self.m = nn.ModuleDict({name: MODULES[name][0]() for name in IN_FILES})
 
     def forward(self, img: Tensor, seq: Tensor, vec: Tensor, ids: Tensor) -> list[Tensor]:
-        tensors = {image: (img,), words: (seq,), vector: (vec,), indices: (ids,), three_times: (seq, seq, seq)}
+        tensors = {image: (img,), words: (seq,), vector: (vec,), indices: (ids,)}
         found = [module(*tensors.get(self.kinds[name], (vec, vec))) for name, module in self.m.items()]
         return [out[0] if isinstance(out, tuple) else out for out in found]
 
 
-def test_files_of_modules(tmp_path: Path) -> None:
+def test_files_of_modules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     net, given = Zoo(), (image(), words(), vector(), indices())
     plan = make_plan(net, [{"op_types": IN_FILES}], example_input=given)
     plan_of = {layer.name.removeprefix("m."): layer for layer in plan.layers}
@@ -666,13 +676,14 @@ def test_files_of_modules(tmp_path: Path) -> None:
     session = onnxruntime_session(export_model(deployed, tmp_path / "zoo.onnx", example_input=given))
     found = session.run(None, {node.name: x.numpy() for node, x in zip(session.get_inputs(), given, strict=True)})
     again = evaluated(loaded, *given)
+    assert not caplog.records, "the exporter's own remarks help nobody"
     groups: dict[str, Any] = {name.removeprefix("m."): group for name, (_, group) in prepared_groups(net).items()}
     for name, a, b, c in zip(IN_FILES, expected, again, found, strict=True):
         assert torch.equal(a, b), name
         difference = (a - torch.as_tensor(c)).abs()
         step = groups[name].quantizers[-1].grid().scale if "_output_" in plan_of[name].targets else 0.0
         assert float(difference.max()) < 1e-5 + 1.01 * step, name
-        ties = name in ("AvgPool2d", "AdaptiveAvgPool2d", "Softmax")  # averages of levels; onnxruntime's table of exponentials
+        ties = name in ("AvgPool2d", "Softmax")  # averages of levels; onnxruntime's table of exponentials
         assert float((difference > 1e-5).float().mean()) < (0.05 if ties else 0.002), name
 
 
