@@ -312,6 +312,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     training = [module.training for module in modules]
     hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
     buffers = [(module, key, b, b.detach().clone()) for module in modules for key, b in module._buffers.items() if b is not None]
+    bounded = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None]
+    tables = [(module.weight, module.weight.detach().clone()) for module in bounded]  # their forward rewrites it
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -326,6 +328,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, flag, (after, before) in zip(modules, training, hooks, strict=True):
                 module.training, module._forward_hooks, module._forward_pre_hooks = flag, after, before
             with torch.no_grad():
+                for weight, saved in tables:
+                    weight.copy_(saved)
                 for module, key, buffer, saved in buffers:
                     module._buffers[key] = buffer  # the forward may have put another tensor there
                     buffer.copy_(saved)

@@ -469,7 +469,7 @@ def fitted(plan: TargetPlan, shape: Sequence[int] | None) -> tuple[TargetPlan, s
     """An activation's target held against its recorded shape (None: unknown), and why it cannot be so, or None."""
     if plan.spec.granularity == "per_tensor" or (shape is None and not plan.lenient):
         return plan, None
-    problem = "its shape is unknown" if shape is None else _shape_problem(plan.spec, shape)
+    problem = "its shape is unknown without example_input" if shape is None else _shape_problem(plan.spec, shape)
     one_scale = replace(plan, spec=replace(plan.spec, granularity="per_tensor"))
     if problem is not None and plan.lenient:
         fell = f"one scale: {problem.partition(';')[0]}"

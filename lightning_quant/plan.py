@@ -192,7 +192,7 @@ def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
     ends = _ends(layers, graph)
     stops = {index for index, end in ends.items() if _rounded_output(*end) is not None}
     order = sorted(layers, key=lambda layer: graph.boundaries[layer.name][0].order)
-    first_reader: dict[tuple[int, str, tuple[Any, ...]], str] = {}
+    first_reader: dict[tuple[Any, ...], str] = {}
     source: dict[tuple[str, str], str] = {}
 
     def origin(index: int) -> int:
@@ -219,7 +219,8 @@ def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
                 source[layer.name, target] = f"{maker[0].name}.{maker[1]}"
             elif len(reads) == 1 and min(reads) >= 0 and not reads & graph.split:
                 own = f"{layer.name}.{target}"
-                owner = first_reader.setdefault((min(reads), inside, plan.spec.grid), own)
+                alike = (min(reads), inside, plan.spec.grid, plan.spec.apply_method, plan.spec.observer)
+                owner = first_reader.setdefault(alike, own)
                 if owner != own:
                     source[layer.name, target] = owner
     return [

@@ -71,7 +71,9 @@ class Arguments:
 
     def __init__(self, module_type: type[nn.Module]) -> None:
         try:
-            parameters = list(inspect.signature(module_type.forward).parameters.values())[1:]
+            parameters = list(inspect.signature(module_type.forward).parameters.values())
+            if not isinstance(inspect.getattr_static(module_type, "forward"), staticmethod):
+                del parameters[:1]
         except (AttributeError, TypeError, ValueError):  # a scripted or built-in forward says nothing of its arguments
             parameters = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
         named = [p for p in parameters if p.kind in _POSITIONAL]
@@ -92,7 +94,7 @@ class Arguments:
     def find(self, target: str) -> Argument | None:
         """The argument that an input target names, or None if forward has no such argument."""
         name = target.removeprefix(INPUT) or "0"
-        if name.isdecimal():
+        if name.isdecimal() and len(name) < 4:
             index = int(name)
             if index < len(self.listed):
                 return self.listed[index]
@@ -163,10 +165,16 @@ def with_outputs(result: Any, act: Mapping[str, Callable[[Tensor], Tensor]]) -> 
 
 def parameters_named(module: nn.Module, target: str) -> list[str]:
     """The parameters of `module` (and its children) that a target names, in their order."""
-    own = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    if "*" in target:
-        return [name for name in own if fnmatch.fnmatchcase(name, target)]
-    return [target] if target in own else []
+    if "*" not in target:
+        return [target] if any(name == target for name, _ in module.named_parameters(remove_duplicate=False)) else []
+    # Of a module that is registered twice, once; of a parameter that two modules hold, in both: each reads its own.
+    own = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, child in module.named_modules()
+        for name, parameter in child._parameters.items()
+        if parameter is not None
+    ]
+    return [name for name in own if fnmatch.fnmatchcase(name, target)]
 
 
 def owner_of(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:

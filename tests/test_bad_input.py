@@ -699,7 +699,7 @@ def test_a_forward_that_fails() -> None:
 @pytest.mark.parametrize(
     ("granularity", "why"),
     [
-        ("per_channel", "its shape is unknown"),
+        ("per_channel", "its shape is unknown without example_input"),
         ([[1], "back", -1], "granularity [[1], 'back', -1] divides dimension 0 of the activation of shape (2, 256), the batch"),
     ],
 )

@@ -48,6 +48,11 @@ class Named(nn.Conv2d):
     """Keeps the forward of its base."""
 
 
+class Halved(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
 def layers_of(plan: Plan) -> dict[str, LayerPlan]:
     return {layer.name: layer for layer in plan.layers}
 
@@ -137,6 +142,28 @@ def test_a_pattern_leaves_modules_without_the_target() -> None:
         "config_list[0]: left as they are, without a setting: 'relu1' (ReLU) has no target 'weight'; it has _input_, _output_, "
         "'relu2' (ReLU) has no target 'weight'; it has _input_, _output_"
     )
+
+
+def test_excludes_that_take_nothing_are_noted() -> None:
+    plan = make_plan(Net(), [{"op_types": ["Conv2d"], "exclude_op_names": ["fc"]}], example_input=IMAGE)
+    assert list(layers_of(plan)) == ["conv1", "conv2"]
+    assert plan.notes == ("config_list[0]: the exclude keys take nothing out of what it selects",)
+
+
+@pytest.mark.parametrize("entry", [{"op_types": ["Conv2d"]}, "int8"], ids=str)
+def test_subclasses_with_a_forward_of_their_own_are_left_out_and_noted(entry: Any) -> None:
+    plan = make_plan(nn.Sequential(nn.Conv2d(3, 3, 1), Halved(3, 3, 1)), [entry], example_input=IMAGE)
+    assert list(layers_of(plan)) == ["0"]
+    (note,) = plan.notes
+    assert note.endswith(": Conv2d leaves out 1 (Halved): a forward of its own")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("entry", [{"op_types": ["Linear"]}, {"op_names_re": [""]}, "int8"], ids=str)
+@pytest.mark.parametrize("example", [None, ROW], ids=["no example", "example"])
+def test_scripted_modules_are_left_alone(entry: Any, example: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    assert list(planned(entry, model=model, example=example)) == ["0"]
 
 
 # -- targets ------------------------------------------------------------------------------------------------------------
@@ -351,7 +378,7 @@ def test_a_granularity_for_all_targets_applies_where_it_can(value: Any, found: d
 def test_without_a_forward_a_granularity_for_all_targets_is_one_scale_for_activations() -> None:
     layer = planned({"op_names": ["conv1"], "granularity": [2, -1, -1, -1]}, example=None)["conv1"]
     assert specs(layer) == {"_input_": ACT, "weight": "int8 symmetric [2, -1, -1, -1]", "_output_": ACT}
-    assert layer.targets["_input_"].notes == ("one scale: its shape is unknown",)
+    assert layer.targets["_input_"].notes == ("one scale: its shape is unknown without example_input",)
     asked = {"op_names": ["conv1"], "target_settings": {"_input_": {"granularity": "per_channel"}}}
     assert specs(planned(asked, example=None)["conv1"])["_input_"] == "uint8 affine per_channel"
 
@@ -406,6 +433,12 @@ def test_modules_that_were_named_are_not_found_and_those_swept_up_are() -> None:
 def test_a_bias_with_a_grid_keeps_batch_norm_out() -> None:
     entry = {**AUTO, "target_names": ["_input_", "weight", "bias", "_output_"], "op_types": ["Conv2d"]}
     assert members(entry, model=Net(bias=True)) == {"conv1": (), "conv2": ()}
+
+
+def test_what_ends_a_group_too_early_is_said() -> None:
+    named = planned(AUTO, {"op_names": ["relu1"]})["conv1"]
+    assert named.members == ("bn1",)
+    assert named.notes == ("not fused further: 'relu1' is quantized or fused elsewhere",)
 
 
 def test_groups_are_not_found_without_a_forward() -> None:

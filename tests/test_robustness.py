@@ -371,3 +371,45 @@ def test_onnxruntime_rounds_nothing_again(layer: nn.Module, shape: tuple[int, ..
     # float sums are taken in another order: now and then a value lies on the other side of half a step
     apart = (torch.as_tensor(found) - wanted).abs() > 1e-5 * wanted.abs().max()
     assert apart.float().mean() < 0.004
+
+
+def test_planning_leaves_a_bounded_embedding_as_it_was() -> None:
+    table = nn.Embedding(5, 4, max_norm=0.1)
+    before = table.weight.detach().clone()
+    make_plan(nn.Sequential(table, nn.Linear(4, 4)), LINEAR, example_input=torch.tensor([1, 2]))
+    assert torch.equal(table.weight, before)
+
+
+def test_readers_with_other_observers_have_ranges_of_their_own() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    x = torch.randn(2, 4)
+    assert source(Two(), LINEAR, x, "b") == "a._input_"
+    assert source(Two(), [*LINEAR, {"op_names": ["b"], "observer": "minmax"}], x, "b") is None
+
+
+def test_a_static_forward_has_its_first_argument() -> None:
+    class Doubled(nn.Module):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+    model, x = nn.Sequential(Doubled()), torch.randn(2, 4)
+    prepared(model, {"op_names": ["0"]}, x, settings={"Doubled": {"_input_": {}}})
+    with torch.no_grad():
+        assert (model(x) - 2 * x).abs().max() < 0.02 * x.abs().max()
+    with pytest.raises(ConfigError, match="has no target '_input_999999'; the arguments of its forward are x"):
+        make_plan(nn.Sequential(Doubled()), {"op_names": ["0"], "target_settings": {"_input_999999": {}}})
+
+
+def test_a_parameter_of_a_module_that_is_registered_twice_is_one_target() -> None:
+    box = Box(nn.Linear(4, 4))
+    box.again = box.seq[0]
+    (layer,) = make_plan(nn.Sequential(box), {"op_types": ["Box"]}, settings={"Box": {"*weight": {}}}).layers
+    assert list(layer.targets) == ["seq.0.weight"]

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.keys import PRUNING, QUANTIZATION
+from lightning_quant.keys import DISTILLATION, PRUNING, QUANTIZATION
 from lightning_quant.settings import (
     OPERATORS,
     QuantizationSetting,
@@ -299,6 +299,13 @@ def test_the_module_of_an_alignment_is_a_name_or_none() -> None:
     align = {"module_name": 3, "target_name": "weight", "dims": [0]}
     checked_setting({"bias": {"align": align}}, PRUNING, "here", problems)
     assert problems == ["here['bias']['align']['module_name']: expected a module's name or None for the same module, got 3."]
+
+
+@pytest.mark.parametrize("link", ["layer1", ["layer1", "layer2"], "auto"])
+def test_a_link_is_a_name_or_several(link: Any) -> None:
+    problems: list[str] = []
+    assert checked_setting({"_output_": {"link": link}}, DISTILLATION, "here", problems) == {"_output_": {"link": link}}
+    assert not problems
 
 
 def test_a_checked_setting_is_a_deep_copy() -> None:

@@ -412,6 +412,28 @@ def test_naming_one_module_by_both_names_is_naming_it_once() -> None:
     assert plan.layers[0].notes.count("also called again") == 1
 
 
+@pytest.mark.xfail(reason="plan.py: nobody asks graph.side_effects for modules that are not fused")
+def test_a_module_that_works_in_place_is_refused_where_that_shows() -> None:
+    """Rounded, the ReLU writes to the rounded copy, and what is read by the old name is no longer rectified."""
+
+    class Shows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            y: Tensor = self.act(x)
+            return x + y
+
+    x = torch.randn(4, 8)
+    try:
+        net = prepared(Shows(), [{"op_types": ["ReLU"]}], x).train()
+    except ConfigError:
+        return
+    assert (net(x) - Shows()(x)).abs().max() < 0.1
+
+
 class Parent(nn.Module):
     """A module with a parameter and a layer of its own."""
 
@@ -683,8 +705,8 @@ def test_files_of_modules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         difference = (a - torch.as_tensor(c)).abs()
         step = groups[name].quantizers[-1].grid().scale if "_output_" in plan_of[name].targets else 0.0
         assert float(difference.max()) < 1e-5 + 1.01 * step, name
-        ties = name in ("AvgPool2d", "Softmax")  # averages of levels; onnxruntime's table of exponentials
-        assert float((difference > 1e-5).float().mean()) < (0.05 if ties else 0.002), name
+        # Averages of levels tie often; onnxruntime has a table of exponentials.
+        assert float((difference > 1e-5).float().mean()) < {"AvgPool2d": 0.03, "Softmax": 0.2}.get(name, 0.002), name
 
 
 def test_what_onnx_cannot_say_is_said(tmp_path: Path) -> None:
