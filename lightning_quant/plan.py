@@ -106,7 +106,7 @@ def _arithmetic(layer: LayerPlan) -> list[str]:
     if odd := [name for name, target in active.items() if not runs_on_integers(target.spec) and name != "bias"]:
         return [f"no integer kernel has {', '.join(f'{active[name].spec} for {name}' for name in odd)}: float arithmetic"]
     if INPUT in active and WEIGHT not in active:
-        return ["float weight: onnxruntime rounds it by itself where input and output are quantized"]
+        return ["float weight: float arithmetic"]
     if INPUT not in active:
         return ["no input grid: float arithmetic"]
     return ["no output grid: float arithmetic"] if OUTPUT not in active and layer.type != "Linear" else []
@@ -435,6 +435,11 @@ def _against_forward(
         problems.append(
             f"{draft.targets['bias'].decided_by}: 'bias' of {name!r} has no grid of its own: batch norm folds into it, and a "
             "folded bias is int32 on the layer's grid by itself; leave it out of the targets."
+        )
+    if not draft.group and any(call.index in graph.side_effects for call in graph.calls(name)):
+        problems.append(
+            f"config_list: {name!r} ({type(draft.module).__name__}) works in place and its input is used afterwards "
+            "by its old name; rounded, nothing is written there. Leave it out."
         )
     hooked = [n for n in (draft.group or (name,)) if modules[n]._forward_hooks or modules[n]._forward_pre_hooks]
     if hooked:

@@ -79,6 +79,7 @@ class _Registry:
     registry: ClassVar[dict[str, Setting]]
     _types: ClassVar[dict[str, type[nn.Module]]]
     _rows: ClassVar[Mapping[str, Key]]
+    _default: ClassVar[Setting | None] = None  # what a type without a setting of its own has
 
     @classmethod
     def register(cls, module_type: str | type[nn.Module], setting: Setting) -> None:
@@ -132,7 +133,7 @@ class _Registry:
         """
         name = cls._name_of(type(module_type) if isinstance(module_type, nn.Module) else module_type)
         if isinstance(module_type, str):
-            found = cls.registry.get(module_type)
+            found = cls.registry.get(module_type, cls._default)
         else:
             module_class = type(module_type) if isinstance(module_type, nn.Module) else module_type
             found = cls.find(module_class)
@@ -278,8 +279,9 @@ class DistillationSetting(_Registry):
     registry: ClassVar[dict[str, Setting]] = {}
     _types: ClassVar[dict[str, type[nn.Module]]] = {}
     _rows = DISTILLATION
+    _default: ClassVar[Setting | None] = {OUTPUT: {"lambda": 1.0, "link": "auto", "apply_method": "mse"}}
 
     @classmethod
     def find(cls, module_type: type[nn.Module], local: Mapping[str, Setting] | None = None) -> Setting | None:
         """The setting of `module_type`, or that of any module: its output, by mean squared error."""
-        return super().find(module_type, local) or {OUTPUT: {"lambda": 1.0, "link": "auto", "apply_method": "mse"}}
+        return super().find(module_type, local) or cls._default

@@ -469,7 +469,7 @@ CUSTOM_GRIDS = {
     "p2": "int8 symmetric out_channel",
     "_output_": "uint8 affine [-1, 1]",
 }
-XY = (torch.randn(100, 16, generator=torch.Generator().manual_seed(5)), torch.randn(50, 16))
+XY = tuple(torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows)) for rows in (100, 50))
 
 
 def test_case_15_a_customized_module() -> None:

@@ -222,7 +222,7 @@ def test_the_last_of_three_entries_wins_over_the_second() -> None:
     assert (weight.spec.dtype, weight.decided_by, weight.notes) == ("uint8", "config_list[2]", ("overrules config_list[1]",))
 
 
-FLOAT_WEIGHT = "float weight: onnxruntime rounds it by itself where input and output are quantized"
+FLOAT_WEIGHT = "float weight: float arithmetic"
 
 
 @pytest.mark.parametrize(
