@@ -30,8 +30,9 @@ from lightning_quant.prepare import apply_phase
 from lightning_quant.schedule import Phase
 
 Groups = list[tuple[str, ...]]
+LAYERS = [{"op_types": ["Conv2d", "Linear"]}]
 WARMUP = 3  # steps of each lane that are not counted: allocator, oneDNN primitives, first ranges
-FLOAT, OURS, FROZEN, TORCH_AO = "float", "ours", "ours, ranges frozen", "torch.ao eager"
+FLOAT, OURS, FROZEN, WHOLE, TORCH_AO = "float", "ours", "ours, ranges frozen", "ours, preset int8", "torch.ao eager"
 
 
 # -- the nets ---------------------------------------------------------------------------------------------------------
@@ -130,7 +131,6 @@ class Net(NamedTuple):
 
     make: Callable[[], nn.Module]
     torch_ao: Callable[[], nn.Module]
-    groups: Callable[[nn.Module], Groups]
     torch_ao_groups: Callable[[nn.Module], Groups]
     loss: Callable[[Tensor, Tensor], Tensor]
     shape: tuple[int, ...]
@@ -140,7 +140,6 @@ NETS = {
     "mnist": Net(
         make=Mnist,
         torch_ao=Mnist,
-        groups=lambda _: [("conv1", "batchnorm1", "relu1"), ("conv2", "relu2"), ("fc1", "relu3")],
         torch_ao_groups=lambda _: [("conv1", "batchnorm1")],  # torch.ao fuses no ReLU6
         loss=F.nll_loss,
         shape=(64, 1, 28, 28),
@@ -148,7 +147,6 @@ NETS = {
     "resnet18": Net(
         make=ResNet18,
         torch_ao=lambda: ResNet18(TorchAoBlock),
-        groups=resnet_groups,
         torch_ao_groups=resnet_groups,
         loss=F.cross_entropy,
         shape=(32, 3, 64, 64),
@@ -159,10 +157,9 @@ NETS = {
 # -- the lanes --------------------------------------------------------------------------------------------------------
 
 
-def ours(net: nn.Module, groups: Groups, x: Tensor) -> nn.Module:
-    """The whole net quantized by lightning_quant."""
-    config: list[dict[str, Any]] = [{"op_types": ["Conv2d", "Linear"], "fuse_names": groups}]
-    return prepare_model(net, make_plan(net, config, example_input=x)).train()
+def ours(net: nn.Module, config_list: Any, x: Tensor) -> nn.Module:
+    """The net quantized by lightning_quant, groups found by themselves."""
+    return prepare_model(net, make_plan(net, config_list, example_input=x)).train()
 
 
 def torch_ao(net: nn.Module, groups: Groups) -> nn.Module:
@@ -204,8 +201,9 @@ def make_lanes(net: Net, x: Tensor, y: Tensor) -> dict[str, Lane]:
     rewritten.load_state_dict(model.state_dict())
     models = {
         FLOAT: copy.deepcopy(model),
-        OURS: ours(copy.deepcopy(model), net.groups(model), x),
-        FROZEN: ours(copy.deepcopy(model), net.groups(model), x),
+        OURS: ours(copy.deepcopy(model), LAYERS, x),
+        FROZEN: ours(copy.deepcopy(model), LAYERS, x),
+        WHOLE: ours(copy.deepcopy(model), "int8", x),  # with additions and pools, caught where they are called
         TORCH_AO: torch_ao(rewritten, net.torch_ao_groups(rewritten)),
     }
     lanes = {name: Lane(model, net.loss) for name, model in models.items()}

@@ -7,6 +7,8 @@ from lightning_quant.convert import convert_model as convert_model
 from lightning_quant.export import ParityError as ParityError
 from lightning_quant.export import export_model as export_model
 from lightning_quant.export import load_deployed as load_deployed
+from lightning_quant.fuse import fuse_model as fuse_model
+from lightning_quant.patterns import register_fusion as register_fusion
 from lightning_quant.plan import make_plan as make_plan
 from lightning_quant.prepare import prepare_model as prepare_model
 from lightning_quant.prepare import restore_model as restore_model
@@ -25,8 +27,10 @@ __all__ = [
     "Schedule",
     "convert_model",
     "export_model",
+    "fuse_model",
     "load_deployed",
     "make_plan",
     "prepare_model",
+    "register_fusion",
     "restore_model",
 ]

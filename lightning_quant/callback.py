@@ -8,6 +8,7 @@ import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from typing_extensions import override
 
 from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
-from lightning_quant.convert import convert_model, unobserved
+from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
 from lightning_quant.export import OPTIONS, ParityError, check_format, export_model
 from lightning_quant.graph import Graph, copied, moved, split_example, undisturbed
-from lightning_quant.plan import Plan, parse_settings, plan_from_graph, record_forward, scope_of
+from lightning_quant.layers import Plan
+from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
     drop_deployed_layers,
@@ -37,6 +39,7 @@ from lightning_quant.prepare import (
 )
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
+from lightning_quant.symbolic import trace
 from lightning_quant.targets import tensors_in
 
 _FLOAT = Phase(observe=False, quantize=False)
@@ -45,8 +48,8 @@ _FLOAT = Phase(observe=False, quantize=False)
 class QuantFusionCallback(Callback):
     r"""Trains a quantized, fused model out of any LightningModule and converts it to int8 at the end of fit.
 
-    In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected convolutions
-    and linear layers get quantizers, and the groups in `fuse_names` (with batch norm, ReLU, ReLU6) are fused. Modules,
+    In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected modules and
+    operators get quantizers, and layers are fused with the batch norms and activations that the forward shows. Modules,
     parameters, their names and order, hooks, optimizers and checkpoints stay the user's own. While training, the schedule moves
     and freezes ranges and batch norm. Validation runs the integer arithmetic that is deployed. In `on_fit_end` a copy is
     converted; `pl_module` stays trainable.
@@ -173,20 +176,22 @@ class QuantFusionCallback(Callback):
         self._example, self._entry = None, ""
         found = find_example(trainer, pl_module, scope, self.example_input)
         if isinstance(found, str):
-            why = found
+            traced = trace(scope)
+            graph = None if isinstance(traced, str) else traced
+            why = f"{found}; {traced}" if isinstance(traced, str) else found
         else:
             entry, self._example = found[0], moved(found[1], "cpu")
             self._entry = next(name for name, module in pl_module.named_modules() if module is entry)
             with trainer.precision_plugin.forward_context():
                 graph = record_forward(scope, self._example, entry)
         plan = plan_from_graph(pl_module, self.config_list, graph, settings=self.settings, root=self.root, no_graph_because=why)
-        if graph is not None and self._entry != (self.root or ""):
+        if self._example is not None and self._entry != (self.root or ""):
             note = (
                 f"recorded from {self._entry!r}, the first module that training_step calls; give example_input to record another"
             )
             if plan.notes:
                 rank_zero_warn(f"{type(self).__name__}: {'; '.join(plan.notes)}; {note}")
-            plan = Plan(layers=plan.layers, notes=(*plan.notes, note))
+            plan = replace(plan, notes=(*plan.notes, note))
         return plan
 
     # -- time ---------------------------------------------------------------------------------------------------------
@@ -213,7 +218,10 @@ class QuantFusionCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say early which layers have no range, not only when there is nothing to convert."""
+        """Say early which layers have no range or are fused wrongly, not only when there is nothing to convert."""
+        if not self._told and (problem := strayed(pl_module)):
+            self._told = True
+            rank_zero_warn(f"{type(self).__name__}: {problem} Left so, the model cannot be converted.")
         blind = unobserved(pl_module) if self._phase.observe and not self._told else []
         if blind:
             self._told = True
@@ -263,7 +271,7 @@ class QuantFusionCallback(Callback):
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
             return
         origin = self._best_checkpoint(trainer) if self.source == "best" else None
-        twin = copy.deepcopy(pl_module)
+        twin = copy_of(pl_module)
         if origin is not None:
             twin.load_state_dict(origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])

@@ -102,8 +102,8 @@ class TensorSpec:
 class Rule:
     """One entry of a `config_list`, checked; `settings` holds the shorthand keys that the user gave, nothing else.
 
-    `fuse`: groups of names, "auto", or None where the entry says nothing. `preset`: the entry is part of a preset, which
-    may name types that a model lacks.
+    `fuse`: groups of names, "auto", or None where the entry says nothing. `float_output`: `high_precision_output`. `preset`: the
+    entry is part of a preset, which may name types that a model lacks.
     """
 
     where: str
@@ -117,23 +117,28 @@ class Rule:
     settings: Mapping[str, Any] = field(default_factory=dict)
     target_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fuse: tuple[tuple[str, ...], ...] | str | None = None
+    float_output: bool | None = None
     preset: bool = False
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------
 
+_RELATED = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "AvgPool1d", "AvgPool2d", "AvgPool3d"]
+_RELATED += ["AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d"]
+_OPERATORS = ["add", "mul", "matmul", "bmm", "cat", "mean", "avg_pool1d", "avg_pool2d", "avg_pool3d"]
+_OPERATORS += ["adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"]
 _WEIGHTED = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "Bilinear"]
 _TABLES = ["Embedding", "EmbeddingBag"]
 _SEQUENCES = ["MultiheadAttention", "LSTM", "GRU", "RNN"]
 PRESETS: dict[str, list[dict[str, Any]]] = {
-    # Weights int8 per channel, activations uint8, groups found by themselves.
-    "int8": [{"op_types": [*_WEIGHTED, *_TABLES, *_SEQUENCES], "fuse_names": "auto"}],
+    # Weights int8 per channel, activations uint8, groups found by themselves; what stands between layers, where runtimes have it.
+    "int8": [{"op_types": [*_WEIGHTED, *_TABLES, *_SEQUENCES, *_RELATED, *_OPERATORS], "fuse_names": "auto"}],
     # A quarter of the bytes, float arithmetic: for models that memory holds up.
     "int8-weight-only": [{"op_types": [*_WEIGHTED, *_TABLES, *_SEQUENCES], "target_names": ["*weight*"], "fuse_names": "auto"}],
     # Weights on 15 levels, activations as in int8.
     "w4a8": [
         {
-            "op_types": [*_WEIGHTED, *_TABLES, *_SEQUENCES],
+            "op_types": [*_WEIGHTED, *_TABLES, *_SEQUENCES, *_RELATED, *_OPERATORS],
             "target_settings": {"*weight*": {"quant_dtype": "int4"}},
             "fuse_names": "auto",
         }
@@ -157,15 +162,16 @@ def _rule(entry: Any, where: str, problems: Problems, *, preset: bool = False) -
         )
     read = {
         key: ENTRY[key].check(entry[key], f"{where}[{key!r}]", problems)
-        for key in (*SELECTION, "target_names", "target_settings", "fuse_names")
+        for key in (*SELECTION, "target_names", "target_settings", "fuse_names", "high_precision_output")
         if key in entry
     }
-    fuse = read.pop("fuse_names", None)
+    fuse, float_output = read.pop("fuse_names", None), read.pop("high_precision_output", None)
     settings = {key: entry[key] for key in QUANTIZATION if key in entry}
     return Rule(
         where=where,
         settings=check_keys(settings, QUANTIZATION, where, problems),
         fuse=fuse,
+        float_output=float_output,
         preset=preset,
         **read,
     )

@@ -4,12 +4,19 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
+from lightning_quant.fusion import Ending
+from lightning_quant.group import Strays, leave
+from lightning_quant.integer import ActivatedLayer
+from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner
 from lightning_quant.prepare import prepared_groups
 from lightning_quant.wrapped import QuantizedModule
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert_model(model: nn.Module) -> nn.Module:
@@ -22,29 +29,67 @@ def convert_model(model: nn.Module) -> nn.Module:
     prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers.
 
     Raises:
-        ConfigError: if the model is not prepared, or a range was never observed (the layer is named).
+        ConfigError: if the model is not prepared, a range was never observed, or the data took another way than in the recorded
+            forward (the layers are named).
     """
     if not prepared_groups(model):
         raise ConfigError(
             f"{type(model).__name__} is not prepared; call prepare_model(model, plan) and train or calibrate it first."
         )
+    if problem := strayed(model):
+        raise ConfigError(problem)
     blind = unobserved(model)
     if blind:
         raise ConfigError(
             f"no range was observed for {', '.join(blind)}: run training steps (model.train()) with "
             "representative data through these layers first, or leave them out of config_list."
         )
-    deployed = copy.deepcopy(model)
+    deployed = copy_of(model)
     for module in deployed.modules():
         module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
-    for head, group in prepared_groups(deployed).values():
-        layer = group.deploy(head)
-        for member in group.members:
-            _replace(deployed, member, nn.Identity())
-        _replace(deployed, head, layer)
-        if isinstance(layer, QuantizedModule):
-            layer.take_over()
+    groups = list(prepared_groups(deployed).values())
+    for owner in [module for module in deployed.modules() if is_owner(module)]:
+        deploy_sites(owner)
+    for head, group in groups:
+        for member in (*group.ahead, *group.members):
+            replace_module(deployed, member, nn.Identity())
+        if not isinstance(group, OperatorGroup):
+            replace_module(deployed, head, layer := group.deploy(head))
+            if isinstance(layer, QuantizedModule):
+                layer.take_over()
+            if isinstance(layer, ActivatedLayer):
+                assert isinstance(group, Ending) and group.activation is not None
+                leave(group.activation)
+                group.activation._forward_hooks.clear()
+                group.activation._forward_pre_hooks.clear()
+                layer.take_over(group.activation)
     return deployed.eval()
+
+
+def strayed(model: nn.Module) -> str:
+    """What to say where the data did not flow as the recorded forward had shown; nothing where it did."""
+    groups = [group for _, group in prepared_groups(model).values()]
+    found = [group for group in groups if isinstance(group, Ending) and group.strayed]
+    if found:
+        return (
+            f"{', '.join(repr(group.name) for group in found)}: {found[0].strayed} of {found[0].strays.of} tensors did not go "
+            "through what is fused there as in the recorded forward: the forward branches, skips a member or writes in between. "
+            f"Give fuse_names: [] for these layers, so that they are quantized alone.{_only_training(found[0].strays)}"
+        )
+    for group in groups:
+        for share in group.shares.values():
+            if share.strays.number:
+                return (
+                    f"{group.name!r}: {share.strays.number} of {share.strays.of} inputs did not come from where the recorded "
+                    f"forward had shown, whose range they have ({share.quantizer.name!r}): the forward branches there. Leave one "
+                    f"of the two out of config_list.{_only_training(share.strays)}"
+                )
+    return ""
+
+
+def _only_training(strays: Strays) -> str:
+    hint = " If it branches in training only, run the model once in eval mode before: that is what counts then."
+    return "" if strays.evaluated else hint
 
 
 def unobserved(model: nn.Module) -> list[str]:
@@ -53,7 +98,13 @@ def unobserved(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(q.name for q in quantizers if not q.ready))
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def copy_of(model: Model) -> Model:
+    """A deep copy. What a hook computes before each forward (a pruned weight, a spectral norm's) is copied without its graph."""
+    tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` is registered, under all its names."""
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):

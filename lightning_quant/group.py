@@ -21,6 +21,50 @@ from lightning_quant.targets import owner_of
 KEY = "_lightning_quant"
 
 
+class Strays:
+    """How often data took another way than in the recorded forward.
+
+    In training that may be a branch of training alone, which does no harm: where eval forwards were run, theirs count.
+    """
+
+    def __init__(self) -> None:
+        self.training, self.evaluating, self.trained, self.evaluated = 0, 0, 0, 0
+
+    def count(self, stray: bool, *, training: bool) -> None:
+        """Count one tensor."""
+        if training:
+            self.trained, self.training = self.trained + 1, self.training + stray
+        else:
+            self.evaluated, self.evaluating = self.evaluated + 1, self.evaluating + stray
+
+    @property
+    def number(self) -> int:
+        """How many went astray, of `of`."""
+        return self.evaluating if self.evaluated else self.training
+
+    @property
+    def of(self) -> int:
+        """How many tensors were looked at."""
+        return self.evaluated or self.trained
+
+
+class Share:
+    """An input whose range another layer moves, and which is read `reads` times in the recorded forward.
+
+    Where the forward branches, what is read may come from elsewhere: then its maker did not run before it.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer, reads: int) -> None:
+        self.quantizer, self.reads = quantizer, reads
+        self.seen, self.since, self.strays = quantizer.passes, 0, Strays()
+
+    def read(self, *, training: bool) -> None:
+        """Count one reading."""
+        made, self.seen = self.quantizer.passes > self.seen, self.quantizer.passes
+        self.since = 1 if made else self.since + 1
+        self.strays.count(self.since > self.reads or self.seen == 0, training=training)
+
+
 class Group:
     """One prepared layer: its head, and the modules behind it that were fused with it; never in the module tree."""
 
@@ -32,6 +76,9 @@ class Group:
         self.deployed_from: list[Any] = []  # what it was built on: parameters, buffers, and ranges, which may be another group's
         self.integer_pass = False  # this pass runs the deployed layer
         self.observing = False  # this pass: training, and the schedule lets ranges move
+        self.again = False  # this pass repeats one for its gradients
+        self.training = True  # this pass is one of training
+        self.shares: dict[Any, Share] = {}  # by what the layer calls the input
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "deployed": None, "deployed_from": []}
@@ -43,12 +90,27 @@ class Group:
 
     @property
     def members(self) -> list[nn.Module]:
-        """The modules behind the head, in order."""
+        """The modules and operators behind the head, in order."""
         return []
+
+    @property
+    def ahead(self) -> list[nn.Module]:
+        """The modules before the head, in order."""
+        return []
+
+    def tensors(self, head: nn.Module) -> list[Tensor]:
+        """What the deployed layer is made from, apart from ranges."""
+        modules = (head, *self.ahead, *self.members)
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def deploy(self, head: nn.Module) -> nn.Module:
         """The layer that replaces the group after training, from its numbers as they are now; owns all its tensors."""
         raise NotImplementedError
+
+    def read(self, key: Any) -> None:
+        """Count that an input was read whose range may be another layer's, in this pass."""
+        if key in self.shares and not self.again:
+            self.shares[key].read(training=self.training)
 
     @property
     def ready(self) -> bool:
@@ -58,10 +120,11 @@ class Group:
     def begin(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         """Decide what this pass is; True if the deployed layer runs."""
         # A forward inside backward is a checkpoint's second one: on the range of the first, which has observed the batch.
-        again = torch._C._current_graph_task_id() != -1
-        self.observing = head.training and self.phase.observe and not again
+        self.again = torch._C._current_graph_task_id() != -1
+        self.training = head.training
+        self.observing = head.training and self.phase.observe and not self.again
         self.integer_pass = (
-            not any(module.training for module in (head, *self.members))
+            not any(module.training for module in (head, *self.ahead, *self.members))
             and self.phase.quantize
             and not self.simulate
             and self.ready
@@ -75,26 +138,25 @@ class Group:
     def _wants_gradient(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         if not torch.is_grad_enabled():
             return False
-        modules = (head, *self.members)
-        return any(x.requires_grad for x in inputs) or any(p.requires_grad for m in modules for p in m.parameters())
+        return any(x.requires_grad for x in (*inputs, *self.tensors(head)))
 
     def _is_watched(self, head: nn.Module) -> bool:
         """Whether a user's hook sits between members and must see the tensors of the float model."""
-        members = self.members
-        if not members:
-            return False
-        inner = [head._forward_hooks, *(module._forward_pre_hooks for module in members)]
-        return any(inner) or any(module._forward_hooks for module in members[:-1])
+        chain = [*self.ahead, head, *self.members]
+        return any(module._forward_hooks for module in chain[:-1]) or any(module._forward_pre_hooks for module in chain[1:])
 
     def deployed_now(self, head: nn.Module) -> nn.Module:
         """The deployed layer; built once, from the parameters and ranges as they are now."""
-        modules = (head, *self.members)
-        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        numbers = [*tensors, *(quantizer.changes for quantizer in self.quantizers)]
+        numbers = [*self.tensors(head), *(quantizer.changes for quantizer in self.quantizers)]
         before = self.deployed_from
         same = len(before) == len(numbers) and all(
             a is b or (isinstance(a, int) and a == b) for a, b in zip(before, numbers, strict=True)
         )
+        for share in self.shares.values():
+            share.read(training=False)
+        shared = [share.quantizer for share in self.shares.values()]
+        for quantizer in self.quantizers:
+            quantizer.passes += not any(quantizer is other for other in shared)
         if self.deployed is None or not same:  # functional_call, say, puts other tensors in their place
             self.deployed_from = numbers
             # Outside inference mode: what is built during trainer.test() may be used by a later fit's validation.
@@ -109,15 +171,58 @@ def group_of(module: nn.Module) -> Group | None:
     return group
 
 
-class Member(nn.Module):
+class Made:
+    """What classes have that are made at run time from a role and the module's own class; pickle makes them again."""
+
+    _made_prefix = ""  # like all names here out of the way of the user's own
+
+    @staticmethod
+    def _made_names(base: type[nn.Module]) -> dict[str, Any]:
+        """What a class made from `base` has besides."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (_recipe(type(self)),), self.__getstate__()
+
+
+_CLASSES: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
+
+
+def made_class(role: type, base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` with a role: `FusedConv2d`; where the role has no prefix, of the base's name."""
+    if (role, base) not in _CLASSES:
+        names: dict[str, Any] = {"__doc__": f"A prepared {base.__name__}.", "_made_from": (role, base)}
+        if not role._made_prefix:  # type: ignore[attr-defined]
+            names.update(__doc__=base.__doc__, __module__=base.__module__, __qualname__=base.__qualname__)
+        names.update(role._made_names(base))  # type: ignore[attr-defined]
+        _CLASSES[role, base] = type(f"{role._made_prefix}{base.__name__}", (role, base), names)  # type: ignore[attr-defined]
+    return _CLASSES[role, base]
+
+
+def _recipe(cls: type) -> Any:
+    made = cls.__dict__.get("_made_from")
+    return cls if made is None else (made[0], _recipe(made[1]))
+
+
+def _rebuilt(recipe: Any) -> type[nn.Module]:
+    cls: type[nn.Module] = made_class(recipe[0], _rebuilt(recipe[1])) if isinstance(recipe, tuple) else recipe
+    return cls
+
+
+def _empty(recipe: Any) -> nn.Module:
+    cls = _rebuilt(recipe)
+    return cls.__new__(cls)
+
+
+class Member(Made, nn.Module):
     """What all members share: the deployed layer is dropped whenever the numbers behind it may change.
 
     A member's class is made at run time from its role and its own class: `FusedConv2d(Head, Conv2d)`. torch.compile runs
     members as they are: ranges are host numbers that change with every batch.
     """
 
-    prefix = "Fused"
-    begins = False  # whether this role is the head of its group
+    _made_prefix = "Fused"
+    _made_begins = False  # whether this role is the head of its group
 
     def _forget(self) -> None:
         if KEY in self.__dict__:  # an instance that a forward made by self.__class__() has no group
@@ -136,47 +241,39 @@ class Member(nn.Module):
         self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time; pickle finds it again by what it was made from.
-        return _empty_member, type(self).__bases__, self.__getstate__()
-
-
-_CLASSES: dict[tuple[type[Member], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _member_class(role: type[Member], base: type[nn.Module]) -> type[nn.Module]:
-    if (role, base) not in _CLASSES:
-        doc = f"A prepared {base.__name__}."
-        _CLASSES[role, base] = type(f"{role.prefix}{base.__name__}", (role, base), {"__doc__": doc})
-    return _CLASSES[role, base]
-
-
-def _empty_member(role: type[Member], base: type[nn.Module]) -> nn.Module:
-    cls = _member_class(role, base)
-    return cls.__new__(cls)
-
 
 def join(group: Group, module: nn.Module, role: type[Member]) -> None:
     """Give `module` its role in the group; parameters, buffers, names and hooks are not touched."""
-    cls = _member_class(role, type(module))  # first: a class may refuse to be derived from
+    cls = made_class(role, type(module))  # first: a class may refuse to be derived from
     module.__dict__[KEY] = group
     module.__class__ = cls
+
+
+def drop_bound_forward(module: nn.Module) -> None:
+    """Delete a `forward` on the instance that is bound to a class made at run time: Lightning's DDP leaves one behind."""
+    bound = module.__dict__.get("forward")
+    if getattr(bound, "__self__", None) is module and "forward" in module.__dict__:
+        del module.__dict__["forward"]
 
 
 def leave(module: nn.Module) -> None:
     """Give a member back its own class."""
     if module.__dict__.pop(KEY, None) is not None:
         module.__class__ = type(module).__bases__[1]
+        drop_bound_forward(module)
 
 
 def is_group_head(module: nn.Module) -> bool:
     """Whether `module` begins a prepared group."""
-    return isinstance(module, Member) and module.begins
+    return isinstance(module, Member) and module._made_begins
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The user's class of a module, prepared or not."""
-    return type(module).__bases__[1] if isinstance(module, Member) else type(module)
+    cls = type(module)
+    while issubclass(cls, Made):
+        cls = cls.__bases__[1]
+    return cls
 
 
 # -- tensors in place of parameters ------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ dequantized integers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +134,10 @@ class FoldedWeight(IntegerTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a weighted layer does apart from its numbers. kind: 'conv' or 'linear'; pad: for `F.pad`, or None."""
+    """What a weighted layer does apart from its numbers. pad: for `F.pad`, or None.
+
+    kind: 'conv', 'linear', 'conv_transpose' or 'scale' (one weight for each channel of dimension 1, any shape).
+    """
 
     kind: str
     stride: tuple[int, ...] = ()
@@ -141,6 +146,7 @@ class Geometry:
     groups: int = 1
     pad: tuple[int, ...] | None = None
     pad_mode: str = "constant"
+    output_padding: tuple[int, ...] = ()
 
     def prepared_input(self, x: Tensor) -> Tensor:
         """x padded where the convolution itself cannot pad so (reflect, circular, replicate, uneven 'same')."""
@@ -148,9 +154,16 @@ class Geometry:
 
     @classmethod
     def of(cls, layer: nn.Module) -> Geometry:
-        """The geometry of a Conv1d, Conv2d, Conv3d or Linear."""
+        """The geometry of a convolution, transposed or not, a linear layer or a batch norm."""
         if isinstance(layer, nn.Linear):
             return cls(kind="linear")
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return cls(kind="scale", stride=(1,), padding=(0,), dilation=(1,), groups=layer.num_features)
+        if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            sizes = (layer.stride, layer.padding, layer.dilation, layer.output_padding)
+            stride, pad, dilation, more = (_per_dimension(size, layer) for size in sizes)  # type: ignore[arg-type]
+            plain = cls(kind="conv_transpose", stride=stride, padding=pad, dilation=dilation, groups=layer.groups)
+            return replace(plain, output_padding=more)
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d), type(layer)
         stride, dilation = (_per_dimension(value, layer) for value in (layer.stride, layer.dilation))
         groups = layer.groups
@@ -165,7 +178,7 @@ class Geometry:
         return cls(kind="conv", padding=padding, stride=stride, dilation=dilation, groups=groups)
 
 
-def _per_dimension(value: int | tuple[int, ...], layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+def _per_dimension(value: int | tuple[int, ...], layer: nn.modules.conv._ConvNd) -> tuple[int, ...]:
     """One number a spatial dimension: torch's forward also takes a bare one, set after the layer was made."""
     return (value,) * (layer.weight.dim() - 2) if isinstance(value, int) else tuple(value)
 
@@ -193,6 +206,11 @@ def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:
     shift = along_channels(zero, folded.q.dim(), 0).double()
     q = ((folded.q.double() - shift) * ratio).round_().add_(shift).to(torch.int8)
     return FoldedWeight(q=q, scale=scale, zero_point=folded.zero_point, bias=folded.bias)
+
+
+def _as_signal(x: Tensor) -> Tensor:
+    """(N, C) or (N, C, ...) as (N, C, L)."""
+    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
 def _carried(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,7 +268,7 @@ class IntegerLayer(nn.Module):
         """Quantize, multiply and accumulate, requantize, dequantize."""
         ops, grid, g = torch.ops.lightning_quant, self.x, self.geometry
         dtype = input.dtype
-        x = g.prepared_input(input)
+        x = _as_signal(input) if g.kind == "scale" else g.prepared_input(input)
         lead = x.shape[:-1]
         if g.kind == "linear" and x.dim() != 2:
             x = x.reshape(-1, x.shape[-1])
@@ -267,6 +285,7 @@ class IntegerLayer(nn.Module):
             out = out.reshape(*lead, out.shape[-1])
         if unbatched:
             out = out.squeeze(0)
+        out = out.reshape(input.shape) if g.kind == "scale" else out
         return _carried(out, dtype)
 
     def _multiply(self, q: Tensor) -> Tensor:
@@ -321,13 +340,13 @@ class PartlyIntegerLayer(nn.Module):
         self.weight_quantized = whole
         self.eval()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Round the input, run the float layer on the dequantized weight, round the output."""
         ops, g = torch.ops.lightning_quant, self.geometry
         x, dtype, w = input, input.dtype, self.weight
         if torch.is_autocast_enabled(x.device.type):  # validation must compute what is shipped, in float32
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x.float())
+                return self.forward(x.float(), output_size)
         if self.scale is not None:
             w = ops.dequantize_weight(w, self.scale, self.zero_point)
         if self.x is not None:
@@ -335,6 +354,12 @@ class PartlyIntegerLayer(nn.Module):
         x = g.prepared_input(x.float())
         if g.kind == "linear":
             out = F.linear(x, w, self.bias)
+        elif g.kind == "scale":
+            out = F.conv1d(_as_signal(x), w, self.bias, groups=g.groups).reshape(x.shape)
+        elif g.kind == "conv_transpose":
+            spread = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[w.dim() - 2]
+            more = self._output_padding(x, output_size)
+            out = spread(x, w, self.bias, g.stride, g.padding, more, g.groups, g.dilation)
         else:
             convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[w.dim() - 2]
             out = convolve(x, w, self.bias, g.stride, g.padding, g.dilation, g.groups)
@@ -344,8 +369,50 @@ class PartlyIntegerLayer(nn.Module):
             out = self.y(out)
         return _carried(out, dtype)
 
+    def _output_padding(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+        g = self.geometry
+        if output_size is None:
+            return g.output_padding
+        dims = len(g.stride)
+        kernel = self.weight.shape[-dims:]
+        rows = zip(output_size[-dims:], x.shape[-dims:], g.stride, g.padding, g.dilation, kernel, strict=True)
+        return tuple(size - ((n - 1) * stride - 2 * pad + wide * (k - 1) + 1) for size, n, stride, pad, wide, k in rows)
+
     def extra_repr(self) -> str:
         """Kind, shape of the weight, which tensors are integers."""
         words = [f"{str(self.weight.dtype).removeprefix('torch.')} weight" if self.weight_quantized else "float weight"]
         words += ["rounded input"] * (self.x is not None) + ["rounded output"] * (self.y is not None)
         return f"{self.geometry.kind}, {tuple(self.weight.shape)}, {', '.join(words)}, float arithmetic"
+
+
+class ActivatedLayer(nn.Module):
+    """A layer whose activation is a curve: its own output is rounded, the activation is float arithmetic, its result rounded.
+
+    Args:
+        layer: an IntegerLayer or PartlyIntegerLayer.
+        activation: the forward of the activation, taking one tensor.
+        y: grid of the activation's output, or None.
+    """
+
+    def __init__(self, layer: nn.Module, activation: Callable[[Tensor], Tensor], y: Grid | BlockGrid | None) -> None:
+        super().__init__()
+        self.layer, self.rounds_out = layer, None if y is None else Rounding(y)
+        self.__dict__["_forward_of"] = activation  # not a child: the prepared model holds it already
+        self.activation: nn.Module | None = None
+        self.eval()
+
+    def take_over(self, activation: nn.Module) -> None:
+        """Become independent of the prepared model: `activation` is a module of its own class."""
+        del self.__dict__["_forward_of"]
+        self.activation = activation.eval()
+
+    def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """The layer, the activation, the rounding."""
+        y: Tensor = self.layer(input, *rest, **named)
+        activation = self.activation if self.activation is not None else self.__dict__["_forward_of"]
+        if torch.is_autocast_enabled(y.device.type):
+            with torch.autocast(y.device.type, enabled=False):
+                out: Tensor = activation(y.float())
+        else:
+            out = activation(y)
+        return out if self.rounds_out is None else _carried(self.rounds_out(out), y.dtype)

@@ -159,6 +159,13 @@ def _patterns(value: Any, where: str, problems: Problems) -> tuple[str, ...]:
     return patterns
 
 
+def _switch(value: Any, where: str, problems: Problems) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        problems.append(f"{where}: expected true, false or nothing, got {value!r}.")
+        return None
+    return value
+
+
 def _groups(value: Any, where: str, problems: Problems) -> tuple[tuple[str, ...], ...] | str:
     if isinstance(value, str) and value == "auto":
         return value
@@ -173,8 +180,8 @@ def _groups(value: Any, where: str, problems: Problems) -> tuple[tuple[str, ...]
         place = f"{where}[{position}]"
         if not is_list(group) or not all(isinstance(name, str) for name in group):
             problems.append(f"{place}: expected a tuple or list of module names, got {group!r}.")
-        elif not 2 <= len(group) <= 3:
-            problems.append(f"{place}: a group has 2 or 3 names, got {len(group)}: {tuple(group)!r}.")
+        elif not 2 <= len(group) <= 5:
+            problems.append(f"{place}: a group has 2 to 5 names, got {len(group)}: {tuple(group)!r}.")
         elif len(set(group)) < len(group):
             problems.append(f"{place}: a name stands twice in {tuple(group)!r}; a module can be fused once.")
         else:
@@ -264,7 +271,7 @@ def _one_of(*allowed: str) -> dict[str, Any]:
 _NAMES = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _SIZES = {"type": "array", "minItems": 1, "items": {"type": "integer", "anyOf": [{"const": -1}, {"minimum": 1}]}}
 _SIDE = {"type": "array", "minItems": 2, "maxItems": 3, "prefixItems": [_SIZES, _one_of("front", "back"), {"type": "integer"}]}
-_GROUP = {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 3, "uniqueItems": True}
+_GROUP = {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 5, "uniqueItems": True}
 
 
 def _selection(text: str, check: Check = names) -> Key:
@@ -348,11 +355,19 @@ ENTRY: dict[str, Key] = {
     "fuse_names": Key(
         check=_groups,
         schema={"anyOf": [{"const": "auto"}, {"type": "array", "items": _GROUP}]},
-        values="`auto`; list of lists of 2 or 3 names",
-        default="none",
-        text="Groups of 2 or 3 module names that become one layer: convolution or linear layer, batch norm, ReLU or ReLU6. "
-        "`auto` finds them in the recorded forward for every layer that the entry selects; `[]` takes back what earlier entries "
-        "asked.",
+        values="`auto`; list of lists of 2 to 5 names",
+        default="auto",
+        text="Groups of names, in the order of the data, that become one layer: a weighted layer (convolution, transposed or "
+        "not, linear), then batch norm, then an activation; also with a batch norm before it, or an addition behind it. `auto` "
+        "finds them in the recorded forward for every layer that the entry selects. A list decides for everything that the entry "
+        "selects: these groups, those that entries before it named, and no other; `[]` turns fusion off.",
+    ),
+    "high_precision_output": Key(
+        check=_switch,
+        schema={"type": ["boolean", "null"]},
+        values="`true`, `false`",
+        default="a linear layer that no other quantized layer follows has a float output",
+        text="Whether the outputs of the weighted layers that the entry selects stay float, weights and inputs quantized.",
     ),
     **QUANTIZATION,
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns matching and precedence: which modules a rule selects, which of their targets, and what is decided for each.
+"""Owns precedence: which targets of a selected module a rule means, and what is decided for each.
 
 The order of precedence is stated and held in `resolve`, and nowhere else.
 """
@@ -7,8 +7,6 @@ The order of precedence is stated and held in `resolve`, and nowhere else.
 from __future__ import annotations
 
 import fnmatch
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,17 +15,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_quant.config import ConfigError, Rule, TensorSpec
-from lightning_quant.fusion import is_head
-from lightning_quant.keys import INPUT, OUTPUT, Blocks, Problems, closest, guess
+from lightning_quant.keys import INPUT, OUTPUT, WEIGHT, Blocks, Problems, closest, guess
+from lightning_quant.patterns import TRANSPOSED, is_batch_norm, is_head
+from lightning_quant.selection import Modules, select
 from lightning_quant.settings import (
     ACTIVATION_DEFAULTS,
     OPERATORS,
     PARAMETER_DEFAULTS,
+    VARIADIC_OPERATORS,
     QuantizationSetting,
     Setting,
     dotted,
-    is_called,
 )
+from lightning_quant.sites import Operator, is_operator
 from lightning_quant.targets import Arguments, canonical_output, is_activation, is_input, parameters_named
 
 
@@ -57,8 +57,9 @@ class TargetPlan:
 class Draft:
     """A selected module while its plan is being made.
 
-    `named`: op_names said so; `explicit`: targets that were named; `group`, `auto`: what is fused, or to be found, and
-    `fused_by`, the entry that says so.
+    `named`: op_names said so; `explicit`: targets that were named; `group`: what is fused, in the order of the data, `auto`:
+    whether that is to be found, and `fused_by`, the entry that says so; `whole`: the group that a config names where it is cut in
+    two kernels before this module; `float_output`: what an entry says of its output; `swept`: only presets selected it.
     """
 
     name: str
@@ -68,110 +69,21 @@ class Draft:
     group: tuple[str, ...] = ()
     auto: bool = False
     fused_by: str = ""
+    whole: tuple[str, ...] = ()
     named: bool = False
+    swept: bool = True
+    float_output: bool | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """The members of its group behind it."""
+        return self.group[self.group.index(self.name) + 1 :] if self.group else ()
 
     def ordered(self) -> dict[str, TargetPlan]:
         """The targets in the order of the data: arguments, parameters, outputs."""
         rank = [*sorted(t for t in self.targets if is_input(t)), *parameters_named(self.module, "*")]
         return {t: self.targets[t] for t in sorted(self.targets, key=lambda t: rank.index(t) if t in rank else len(rank))}
-
-
-class Modules:
-    """The modules of a model by name, each once; `aliases`: the further names of modules that have several."""
-
-    def __init__(self, scope: nn.Module, root: str = "") -> None:
-        self.root = root
-        self.by_name = dict(scope.named_modules())
-        first = {id(module): name for name, module in self.by_name.items()}
-        self.aliases = {
-            name: first[id(module)] for name, module in scope.named_modules(remove_duplicate=False) if first[id(module)] != name
-        }
-
-    def names_of(self, name: str) -> list[str]:
-        """Every name of the module called `name`."""
-        return [name, *(alias for alias, first in self.aliases.items() if first == name)]
-
-    def types(self) -> str:
-        """What the model has, for error texts."""
-        counts = Counter(type(module).__name__ for name, module in self.by_name.items() if name)
-        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) or "no modules"
-
-
-# -- selection --------------------------------------------------------------------------------------------------------
-
-
-def select(rule: Rule, modules: Modules, problems: Problems, notes: list[str]) -> list[str]:
-    """The names that a rule selects, in the order of the model: ((names or regexes) and types) minus excludes.
-
-    A module that is registered under several names is selected by any of them, once, under its first.
-    """
-    before = len(problems)
-    included = _by_name(rule, "", modules, problems)
-    excluded = _by_name(rule, "exclude_", modules, problems)
-    types = _by_type(rule, "op_types", modules, problems, notes)
-    excluded |= _by_type(rule, "exclude_op_types", modules, problems, [])
-    every = set(modules.by_name) - {""}
-    chosen = (included if rule.op_names or rule.op_names_re else every) & (types if rule.op_types else every)
-    names = [name for name in modules.by_name if name in chosen - excluded]
-    if excluded and not chosen & excluded:
-        notes.append(f"{rule.where}: the exclude keys take nothing out of what it selects")
-    if not names and len(problems) == before:
-        if rule.preset:
-            problems.append(f"{rule.where}: the model has no layer that this preset quantizes; it has {modules.types()}.")
-        elif chosen:
-            problems.append(f"{rule.where}: the exclude keys take back everything that is selected; drop one of them.")
-        else:
-            problems.append(f"{rule.where}: the names and op_types together select no module; drop one of the keys.")
-    return names
-
-
-def _by_name(rule: Rule, prefix: str, modules: Modules, problems: Problems) -> set[str]:
-    found: set[str] = set()
-    key = f"{prefix}op_names"
-    for name in getattr(rule, key):
-        first = name if name in modules.by_name else modules.aliases.get(name)
-        if first:
-            found.add(first)
-            continue
-        near = closest(name, [other for other in (*modules.by_name, *modules.aliases) if other])
-        hint = f" Close: {', '.join(map(repr, near))}." if near else ""
-        if re.search(r"[*^$\\+|(\[]", name):
-            hint += f" For a regular expression write {key}_re."
-        if modules.root and name.startswith(f"{modules.root}."):
-            hint += f" Names are relative to root {modules.root!r}."
-        problems.append(
-            f"{rule.where}: {key} {name!r} matches no module.{hint} Layers built later are not visible before on_fit_start."
-        )
-    for pattern in getattr(rule, f"{key}_re"):
-        matched = {name for name in modules.by_name if name and any(re.match(pattern, n) for n in modules.names_of(name))}
-        if not matched:
-            near = closest(re.sub(r"[^\w.]", "", pattern), [name for name in modules.by_name if name])
-            some = ", ".join(map(repr, near or [name for name in modules.by_name if name][:5]))
-            problems.append(f"{rule.where}: {key}_re {pattern!r} matches no module; the model has {some}, ...")
-        found |= matched
-    return found
-
-
-def _by_type(rule: Rule, key: str, modules: Modules, problems: Problems, notes: list[str]) -> set[str]:
-    found: set[str] = set()
-    for type_name in getattr(rule, key):
-        matched = {name for name, module in modules.by_name.items() if name and is_called(type(module), type_name)}
-        derived = [name for name, m in modules.by_name.items() if any(c.__name__ == type_name for c in type(m).__mro__)]
-        changed = [f"{name} ({type(modules.by_name[name]).__name__})" for name in derived if name and name not in matched]
-        if changed and (matched or rule.preset):
-            notes.append(f"{rule.where}: {type_name} leaves out {', '.join(changed)}: a forward of its own")
-        if not matched and not rule.preset:
-            kinds = {c.__name__ for name, m in modules.by_name.items() if name for c in type(m).__mro__}
-            if type_name in kinds:
-                hint = " Its subclasses here have a forward of their own; name them by their own type."
-            else:
-                hint = guess(type_name.rpartition(".")[2], [type(m).__name__ for name, m in modules.by_name.items() if name])
-            if type_name in OPERATORS:
-                hint = " It is an operator that models call as a function; only modules can be quantized yet."
-            problems.append(f"{rule.where}: {key} {type_name!r} matches no module; the model has {modules.types()}.{hint}")
-        found |= matched
-    return found
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -216,6 +128,9 @@ def apply_rule(
         chosen.append(name)
         draft = drafts.setdefault(name, Draft(name, module))
         draft.named |= named
+        draft.swept &= rule.preset
+        if rule.float_output is not None or targets.get(OUTPUT):  # a later entry that names the output wants it rounded
+            draft.float_output = rule.float_output
         aliases = [alias for alias in modules.names_of(name)[1:] if f"also called {alias}" not in draft.notes]
         draft.notes.extend(f"also called {alias}" for alias in aliases)
         draft.notes += [f"its setting also names {', '.join(lacking)}, which it lacks"] if lacking else []
@@ -230,6 +145,15 @@ def apply_rule(
     elif left:
         notes.append(f"{rule.where}: left as they are, without a setting: {', '.join(left)}")
     return chosen
+
+
+def draft_of(rule: Rule, name: str, operator: nn.Module, problems: Problems) -> Draft:
+    """The draft of an operator that a rule means without selecting it: it is a member of a group that the rule names."""
+    draft = Draft(name, operator)
+    setting = QuantizationSetting.find(type(operator)) or {}
+    for target in _targets(replace(rule, target_names=None, target_settings={}), setting, name, operator, problems, []):
+        _decide(rule, setting, target, draft, False, problems)
+    return draft
 
 
 def _unfit(name: str, module: nn.Module, settings: Mapping[str, Setting] | None) -> str:
@@ -260,7 +184,10 @@ def _targets(
         problems.append(f"{rule.where}: {name!r} ({type(module).__name__}) {problem}")
         return {}
     found: dict[str, bool] = {}
-    for said in (rule.target_names or (), rule.target_settings):
+    settings = rule.target_settings
+    if rule.preset:  # what a preset says of weights is for weighted layers
+        settings = {} if is_batch_norm(module) else {key: one for key, one in settings.items() if expand(module, key)}
+    for said in (rule.target_names or (), settings):
         spelled: dict[str, str] = {}
         for target in said:
             meant = expand(module, target)
@@ -277,16 +204,31 @@ def _targets(
                 )
     computed = ["weight", "bias"] if is_head(module) else []  # a folded layer reads both, whether they are targets or not
     if rule.target_names is None:
-        for target in setting:
-            meant = expand(module, target)
-            found.update({one: False for one in meant if one not in found})
-            computed += [] if meant else [target]
-            if not meant and not _parametrized(name, module, target) and getattr(module, target, 0) is not None:
-                lacking.append(target)
+        computed += _of_setting(setting, name, module, found, lacking)
         if lacking and not found:
             problems.append(f"{rule.where}: the setting of {type(module).__name__}: {_no_target(name, module, lacking[0])}")
     problems.extend(f"{rule.where}: {text}" for target in computed if (text := _parametrized(name, module, target)))
     return found
+
+
+def _of_setting(setting: Setting, name: str, module: nn.Module, found: dict[str, bool], lacking: list[str]) -> list[str]:
+    """Add the targets of a type's setting to `found`; returns those that mean nothing here."""
+    nothing: list[str] = []
+    for target in setting:
+        meant = _meant(module, target)
+        found.update({one: False for one in meant if one not in found})
+        nothing += [] if meant else [target]
+        left_out = is_operator(module) or _parametrized(name, module, target)  # an operator's constant, say
+        if not meant and not left_out and getattr(module, target, 0) is not None:
+            lacking.append(target)
+    return nothing
+
+
+def _meant(module: nn.Module, target: str) -> list[str]:
+    """The targets that a type's setting means; the input of an operator that takes a list is everything in it."""
+    if isinstance(module, Operator) and target == INPUT and module.site.op in VARIADIC_OPERATORS:
+        return [f"{INPUT}{position or ''}" for position in range(module.count)]
+    return expand(module, target)
 
 
 def _unsteady(module: nn.Module) -> str | None:
@@ -302,7 +244,8 @@ def expand(module: nn.Module, target: str) -> list[str]:
     """The targets of `module` that a target's name means, by their one name; none if it has no such target."""
     if is_input(target):
         argument = Arguments(type(module)).find(target)
-        return [] if argument is None else [argument.target]
+        beyond = isinstance(module, Operator) and argument is not None and (argument.position or 0) >= module.count
+        return [] if argument is None or beyond else [argument.target]
     if target.startswith(OUTPUT):
         one = canonical_output(target)
         return [] if one != OUTPUT and is_head(module) else [one]
@@ -424,7 +367,11 @@ def _granularity(value: Any, target: str, module: nn.Module) -> tuple[str | Bloc
     shape: Sequence[int] = module.get_parameter(target).shape
     if value == "per_channel":
         return "per_tensor", "per_channel is for activations; parameters take default, per_tensor, out_channel or in_channel."
-    if value == "default":
+    if value == "default" and isinstance(module, TRANSPOSED) and target == WEIGHT:
+        # (in, out / groups, ..): an output channel is a column of one group.
+        one_group = Blocks(sizes=(shape[0] // module.groups, 1), side="back", pad=-1)
+        value = blocks = "in_channel" if module.groups == 1 else one_group
+    elif value == "default":
         return ("out_channel" if len(shape) > 1 else "per_tensor"), None
     kernel = TensorSpec.make("int8", "symmetric", blocks, weight=True).kernel(len(shape))
     return _plainest(blocks, kernel, shape)

@@ -4,79 +4,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from lightning_quant.config import PRESETS, ConfigError, Rule, parse_rules, raise_problems
-from lightning_quant.discovery import absorb, auto_group, claim_parts, collect_groups, flow_problem, parts_of
-from lightning_quant.fusion import BatchNorm, activation_cap, is_head, runs_on_integers
+from lightning_quant.discovery import (
+    absorb,
+    absorb_between,
+    adrift,
+    auto_group,
+    between,
+    claim_parts,
+    collect_groups,
+    cut_problem,
+    flow_problem,
+    grid_problem,
+    parts_of,
+)
+from lightning_quant.fusion import runs_on_integers
 from lightning_quant.graph import Boundary, Graph, record
-from lightning_quant.group import is_group_head
+from lightning_quant.intercept import is_prepared
 from lightning_quant.keys import INPUT, OUTPUT, QUANTIZATION, WEIGHT, Problems, closest, guess
-from lightning_quant.matching import Draft, Modules, TargetPlan, apply_rule, fitted, idle_keys
-from lightning_quant.settings import Setting, checked_setting, is_called, kept_bases
+from lightning_quant.layers import LayerPlan, Plan
+from lightning_quant.matching import Draft, TargetPlan, apply_rule, fitted, idle_keys
+from lightning_quant.patterns import Roles, clamp_of, is_batch_norm, is_head, is_registered, roles_of
+from lightning_quant.selection import Modules
+from lightning_quant.settings import QuantizationSetting, Setting, checked_setting, is_called, kept_bases
+from lightning_quant.sharing import free_last_output, share
+from lightning_quant.sites import Operator, is_operator
 from lightning_quant.sources import read_config
+from lightning_quant.symbolic import trace
 from lightning_quant.targets import canonical_output, is_activation, is_input, output_key
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerPlan:
-    """One quantized module, the modules fused behind it and its quantized targets.
-
-    `folds`: a convolution or linear layer, which becomes one folded layer with what is fused behind it; any other module
-    keeps its own forward and is quantized around it.
-    """
-
-    name: str
-    type: str
-    batch_norm: str | None
-    activation: str | None
-    targets: Mapping[str, TargetPlan]
-    notes: tuple[str, ...] = ()
-    folds: bool = True
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names of the modules behind the head, in the order of the data."""
-        return tuple(name for name in (self.batch_norm, self.activation) if name is not None)
-
-    @property
-    def end(self) -> str:
-        """Name of the module whose output is the group's."""
-        return self.members[-1] if self.members else self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything that `prepare_model` will do; `print(plan)` is a table of it."""
-
-    layers: tuple[LayerPlan, ...]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        head = ("module", "fused with", "target", "dtype", "scheme", "granularity", "decided by", "notes")
-        rows = [row for layer in self.layers for row in _rows(layer)]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        rule = tuple("-" * width for width in widths)
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, rule, *rows)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-def _rows(layer: LayerPlan) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    names = (layer.name, ", ".join(layer.members))
-    for position, target in enumerate(layer.targets.values()):
-        spec, notes = target.spec, list(target.notes)
-        if target.source:
-            notes.insert(0, f"shared with {target.source}")
-        if not position:
-            notes.extend(layer.notes)
-        lead = names if not position else ("", "")
-        rows.append((*lead, target.target, spec.dtype, spec.scheme, str(spec.granularity), target.decided_by, "; ".join(notes)))
-    return rows
-
 
 # -- one layer at a time ----------------------------------------------------------------------------------------------
 
@@ -84,25 +44,44 @@ def _rows(layer: LayerPlan) -> list[tuple[str, ...]]:
 def _layer(draft: Draft, modules: Mapping[str, nn.Module]) -> LayerPlan:
     """What was drafted for one module, in the order of its data, with what there is to say about it."""
     module, targets = draft.module, draft.ordered()
-    norm = next((n for n in draft.group[1:] if isinstance(modules[n], BatchNorm)), None)
-    act = next((n for n in draft.group[1:] if activation_cap(modules[n]) is not None), None)
-    folds = is_head(module)
+    group = draft.group or (draft.name,)
+    roles = roles_of([modules[name] for name in group])
+    norm, act, before = (None if p is None else group[p] for p in _positions(roles))
+    folds = is_head(module) or (bool(draft.group) and is_batch_norm(module))
+    inner = None
+    if act is not None and clamp_of(modules[act]) is None and OUTPUT in targets and targets[OUTPUT].active:
+        end = targets[OUTPUT]
+        why = f"before {act}: no integer kernel ends in it"
+        inner = TargetPlan(target="_inner_", spec=end.spec, decided_by=end.decided_by, notes=(why,))
     layer = LayerPlan(
         name=draft.name,
-        type=kept_bases(type(module))[-1].__name__ if folds else type(module).__name__,
+        type=kept_bases(type(module))[-1].__name__ if is_head(module) else type(module).__name__,
         batch_norm=norm,
         activation=act,
         targets=targets,
         folds=folds,
+        norm_before=before,
+        inner=inner,
+        operator=is_operator(module),
     )
     return replace(layer, notes=(*draft.notes, *_arithmetic(layer)))
+
+
+def _positions(roles: Roles | None) -> tuple[int | None, int | None, int | None]:
+    return (None, None, None) if roles is None else (roles.norm, roles.activation, roles.norm_before)
 
 
 def _arithmetic(layer: LayerPlan) -> list[str]:
     """Why a layer runs in float arithmetic, if it does."""
     active = {name: target for name, target in layer.targets.items() if target.active}
+    if layer.operator:
+        return []
     if not layer.folds:
         return ["float arithmetic around its own forward"]
+    if layer.type.startswith("ConvTranspose"):
+        return ["no integer kernel for transposed convolutions: float arithmetic"]
+    if layer.type.startswith("BatchNorm"):
+        return [] if INPUT in active and OUTPUT in active else ["no grid on both sides: float arithmetic"]
     if odd := [name for name, target in active.items() if not runs_on_integers(target.spec) and name != "bias"]:
         return [f"no integer kernel has {', '.join(f'{active[name].spec} for {name}' for name in odd)}: float arithmetic"]
     if INPUT in active and WEIGHT not in active:
@@ -143,117 +122,9 @@ def _shaped(draft: Draft, calls: Sequence[Boundary], end: Sequence[Boundary], pr
         draft.targets[target], problem = fitted(plan, seen.shape)
         if problem is not None:
             problems.append(f"{plan.decided_by}: {target!r} of {draft.name!r}: {problem}.")
-    if INPUT in draft.targets and not is_head(draft.module):
+    if INPUT in draft.targets and not is_head(draft.module) and not is_operator(draft.module):
         others = [t for t, one in calls[0].inputs.items() if one.floating and t not in draft.targets]
         draft.notes.extend(f"{target} stays float (name it in target_names)" for target in others)
-
-
-# -- what the recorded forward decides --------------------------------------------------------------------------------
-
-
-def _ends(layers: Sequence[LayerPlan], graph: Graph) -> dict[int, tuple[LayerPlan, str]]:
-    """The node that makes a layer's one output -> (layer, that output's target); outputs that stay float count, too.
-
-    Where the last layer inside another one makes what the outer one returns, the outer one's rounding is what arrives.
-    """
-    ends: dict[int, tuple[LayerPlan, str]] = {}
-    for layer in sorted(layers, key=lambda layer: -layer.name.count(".")):
-        for call in graph.boundaries.get(layer.end, ()):
-            made = {key: seen for key, seen in call.outputs.items() if seen.shape is not None}
-            if len(made) == 1:
-                (key, seen), *_ = made.items()
-                target = next((t for t in layer.targets if not is_input(t) and output_key(t, call.outputs) == key), OUTPUT)
-                if seen.source not in graph.split and (seen.source not in ends or _rounded_output(layer, target)):
-                    ends[seen.source] = (layer, target)
-    return ends
-
-
-def _enclosing(layer: LayerPlan, layers: Sequence[LayerPlan]) -> LayerPlan | None:
-    """The innermost layer around this one that rounds what it is given."""
-    around = [
-        other
-        for other in layers
-        if layer.name.startswith(f"{other.name}.") and any(is_input(t) and p.active for t, p in other.targets.items())
-    ]
-    return max(around, key=lambda other: len(other.name), default=None)
-
-
-def _rounded_output(layer: LayerPlan, target: str) -> TargetPlan | None:
-    plan = layer.targets.get(target)
-    return plan if plan is not None and plan.active else None
-
-
-def _share(layers: list[LayerPlan], graph: Graph) -> list[LayerPlan]:
-    """One quantizer per tensor: an input that arrives rounded on an equal grid needs none, two readers share one.
-
-    A module that only hands values on (a pool, say) has one range for what comes in and what goes out.
-    """
-    layers = [_passed_on(layer, graph) for layer in layers]
-    ends = _ends(layers, graph)
-    stops = {index for index, end in ends.items() if _rounded_output(*end) is not None}
-    order = sorted(layers, key=lambda layer: graph.boundaries[layer.name][0].order)
-    first_reader: dict[tuple[Any, ...], str] = {}
-    source: dict[tuple[str, str], str] = {}
-
-    def origin(index: int) -> int:
-        while index >= 0 and index not in stops and graph.nodes[index].passing and graph.nodes[index].reads:
-            index = graph.nodes[index].reads[0]
-        return index
-
-    for layer in order:
-        around = _enclosing(layer, layers)
-        inside = "" if around is None else f"{around.name}."  # what comes in there is rounded anew
-        for target, plan in layer.targets.items():
-            if not is_input(target) or not plan.active:
-                continue
-            reads = {call.inputs[target].source if target in call.inputs else -1 for call in graph.boundaries[layer.name]}
-            # Blocks have the dimensions of their tensor, which a reshape on the way may have changed.
-            whole = plan.spec.granularity == "per_tensor"
-            makers = [ends.get(origin(index) if whole else index) for index in reads]
-            maker = makers[0] if all(m is not None and m == makers[0] for m in makers) else None
-            if maker is not None and (layer.name.startswith(f"{maker[0].name}.") or not maker[0].name.startswith(inside)):
-                maker = None
-            made = None if maker is None else _rounded_output(*maker)
-            if made is not None and made.spec.grid == plan.spec.grid:
-                assert maker is not None
-                source[layer.name, target] = f"{maker[0].name}.{maker[1]}"
-            elif len(reads) == 1 and min(reads) >= 0 and not reads & graph.split:
-                own = f"{layer.name}.{target}"
-                alike = (min(reads), inside, plan.spec.grid, plan.spec.apply_method, plan.spec.observer)
-                owner = first_reader.setdefault(alike, own)
-                if owner != own:
-                    source[layer.name, target] = owner
-    return [
-        replace(layer, targets={t: replace(p, source=source.get((layer.name, t), p.source)) for t, p in layer.targets.items()})
-        for layer in layers
-    ]
-
-
-def _passed_on(layer: LayerPlan, graph: Graph) -> LayerPlan:
-    nodes = graph.calls(layer.name)
-    given, made = layer.targets.get(INPUT), layer.targets.get(OUTPUT)
-    if not nodes or not all(node.passing for node in nodes) or given is None or made is None:
-        return layer
-    one_scale = given.spec.granularity == "per_tensor"
-    if not (given.active and made.active and one_scale) or given.spec.grid != made.spec.grid:
-        return layer
-    return replace(layer, targets={**layer.targets, OUTPUT: replace(made, source=f"{layer.name}.{INPUT}")})
-
-
-def _free_last_output(layer: LayerPlan, layers: list[LayerPlan], explicit: set[str], graph: Graph) -> LayerPlan:
-    """High-precision output: a last weighted layer keeps a float output unless `_output_` was asked for by name."""
-    if not layer.folds or OUTPUT not in layer.targets or OUTPUT in explicit:
-        return layer
-    ends = {call.index for call in graph.calls(layer.end)}
-    after = ends.union(*(graph.downstream(index) for index in ends))
-    for other in layers:
-        calls = graph.boundaries.get(other.name, ())
-        if other.name != layer.name and any(seen.source in after for call in calls for seen in call.inputs.values()):
-            return layer
-    if layer.type != "Linear":
-        return replace(layer, notes=(*layer.notes, "last layer, output quantized: no int8 convolution has a float output"))
-    targets = {name: target for name, target in layer.targets.items() if name != OUTPUT}
-    return replace(layer, targets=targets, notes=(*layer.notes, "last layer: float output"))
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -274,7 +145,8 @@ def make_plan(
         config_list: a list of entries, one entry, a preset's name or a YAML or JSON path; see `parse_rules`.
         example_input: what `model` (or its submodule `root`) is called with: a tensor, a tuple of positional arguments,
             a dict of keyword arguments or (tuple, dict). One forward in eval mode is recorded with it, which proves fuse
-            groups and finds shared tensors. Without it nothing can be fused and every input has its own quantizer.
+            groups and finds shared tensors. Without it the forward is traced symbolically; where that fails, nothing can be
+            fused, no operator is seen and every input has its own quantizer.
         settings: settings of module types for this plan alone, over the registered ones: class name or dotted path -> target
             -> keys, as in `QuantizationSetting.register`; or a path.
         root: name of the submodule that the names in `config_list` are relative to; None for `model` itself.
@@ -283,11 +155,11 @@ def make_plan(
         ConfigError: with every problem found.
     """
     scope = scope_of(model, root)
-    graph = None if example_input is None else record_forward(scope, example_input)
+    graph, why = forward_graph(scope, example_input)
     config_list = read_config(config_list, presets=PRESETS)
     if settings is not None:
         settings = read_config(settings, presets=(), name="settings")
-    return plan_from_graph(model, config_list, graph, settings=settings, root=root)
+    return plan_from_graph(model, config_list, graph, settings=settings, root=root, no_graph_because=why)
 
 
 def scope_of(model: nn.Module, root: str | None) -> nn.Module:
@@ -301,6 +173,15 @@ def scope_of(model: nn.Module, root: str | None) -> nn.Module:
         raise ConfigError(f"root {root!r} is no module of {type(model).__name__}.{hint}")
     scope: nn.Module = modules[root or ""]
     return scope
+
+
+def forward_graph(scope: nn.Module, example_input: Any) -> tuple[Graph | None, str]:
+    """(the graph of a recorded forward, else of a symbolic trace, else None, why there is none)."""
+    if example_input is not None:
+        return record_forward(scope, example_input), ""
+    traced = trace(scope)
+    missing = "no example_input was given"
+    return (None, f"{missing}, and {traced}") if isinstance(traced, str) else (traced, "")
 
 
 def record_forward(model: nn.Module, example_input: Any, entry: nn.Module | None = None) -> Graph:
@@ -326,9 +207,14 @@ def plan_from_graph(
     """`make_plan` on a forward that was recorded already (of `root`, names relative to it), or on none."""
     rules = parse_rules(config_list)
     local = parse_settings(settings)
-    modules = Modules(scope_of(model, root), root or "")
-    if any(is_group_head(module) for module in model.modules()):
+    scope = scope_of(model, root)
+    if is_prepared(model):
         raise ConfigError(f"{type(model).__name__} is already prepared; call restore_model(model) before planning again.")
+    known = {**QuantizationSetting.registry, **(local or {})}
+    operators = {} if graph is None else graph.operators
+    seen = {name: one for name, one in operators.items() if one.site.op in known or is_registered(one.site.op)}
+    unset = {name: one for name, one in operators.items() if name not in seen}
+    modules = Modules(scope, root or "", None if graph is None else seen, unset)
     problems: Problems = []
     notes: list[str] = []
     drafts: dict[str, Draft] = {}
@@ -351,9 +237,23 @@ def plan_from_graph(
             f"no recorded forward ({no_graph_because}): every input has its own quantizer and every output is quantized{auto}; "
             "give example_input to share them"
         )
-    layers = _layers(rules, drafts, modules.by_name, graph, notes, problems)
+    if graph is not None and not graph.shapes:
+        because = f" ({no_graph_because})" if no_graph_because else ""
+        notes.append(f"no example input{because}: the forward was traced symbolically, so shapes are unknown")
+    left: dict[str, str] = {}
+    layers = _layers(rules, drafts, modules.by_name, graph, notes, problems, left)
     prefix = f"{root}." if root else ""
-    return Plan(layers=tuple(_renamed(layer, prefix) for layer in layers), notes=tuple(notes))
+    selected = {name for names in chosen.values() for name in names}
+    left = {} if graph is None else {**_left(layers, graph, known, selected), **left}
+    members = {name for layer in layers for name in layer.fused_with}
+    operators = {} if graph is None else graph.operators
+    operators = {name: one for name, one in operators.items() if one.site.op in known or name in members}
+    return Plan(
+        layers=tuple(_renamed(layer, prefix) for layer in layers),
+        notes=(*notes, *([] if graph is None else _read_elsewhere(layers, graph))),
+        left={prefix + name: reason for name, reason in left.items()},
+        operators={prefix + name: _moved(one, prefix) for name, one in operators.items()},
+    )
 
 
 def parse_settings(settings: Any) -> dict[str, Setting] | None:
@@ -381,6 +281,7 @@ def _layers(
     graph: Graph | None,
     notes: list[str],
     problems: Problems,
+    left: dict[str, str],
 ) -> list[LayerPlan]:
     """The layers in the order of the model, checked against the recorded forward where there is one."""
     names = [name for name in modules if name in drafts]
@@ -389,21 +290,28 @@ def _layers(
             targets = drafts[name].targets
             targets.update({t: fitted(plan, None)[0] for t, plan in targets.items() if is_activation(t)})
         raise_problems([*problems, *idle_keys(rules, drafts.values())])
-        return [_layer(drafts[name], modules) for name in names]
-    for name in names:
+        alone = [_layer(drafts[name], modules) for name in names]
+        return [free_last_output(layer, alone, drafts[layer.name], None) for layer in alone]
+    for name in sorted(names, key=lambda name: _rank(modules[name])):  # a batch norm belongs to the layer before it, if it can
         if name in drafts:
             _against_forward(drafts[name], drafts, modules, graph, notes, problems)
     raise_problems([*problems, *idle_keys(rules, drafts.values())])
+    for name, reason in adrift(drafts, graph).items():
+        left.update(dict.fromkeys((name, *drafts.pop(name).behind), reason))
     layers = [_layer(drafts[name], modules) for name in names if name in drafts]
+    layers = [
+        replace(layer, calls=len(graph.boundaries[layer.start]), loose=any(between(drafts[layer.name].group, graph)))
+        for layer in layers
+    ]
     if not layers:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise ConfigError(
             f"config_list: none of the selected modules ({some}) is called in the recorded forward; check example_input and root."
         )
-    layers = [_free_last_output(layer, layers, drafts[layer.name].explicit, graph) for layer in layers]
+    layers = [free_last_output(layer, layers, drafts[layer.name], graph) for layer in layers]
     if not any(layer.targets for layer in layers):
         raise ConfigError("config_list: the recorded forward left no target to quantize; name one in target_names.")
-    return _share([layer for layer in layers if layer.targets], graph)
+    return share([layer for layer in layers if layer.targets], graph)
 
 
 def _against_forward(
@@ -416,27 +324,43 @@ def _against_forward(
 ) -> None:
     """Check one draft against its calls, find its group, and note what there is to note; drops it if it is not called."""
     name, calls = draft.name, graph.boundaries.get(draft.name, ())
+    if calls and (readers := _other_readers(draft, graph)):
+        said = f"{name}.{readers[0]} is also read by {readers[1]}, past {name}, which therefore"
+        if draft.named or draft.group:
+            problems.append(f"config_list: {said} cannot be quantized; leave it out.")
+        else:
+            notes.append(f"{said} stays float")
+            del drafts[name]
+        return
     if draft.auto and calls and not draft.group:
+        modules = {**graph.operators, **modules}
         taken = {member for other in drafts.values() for member in other.group}
         taken |= {other.name for other in drafts.values() if other.named}
         parts = {part for other in drafts.values() for part in parts_of(other)}
         taken |= {other for other, module in modules.items() if module in parts}
-        draft.group, why = auto_group(name, modules, graph, taken, fold_norm="bias" not in draft.targets)
+        draft.group, why = auto_group(draft, modules, graph, taken, fold_norm="bias" not in draft.targets)
         draft.notes += [f"not fused further: {why.rstrip('.')}"] if why else []
         absorb(draft, drafts, quietly=True)
-    elif draft.group and (problem := flow_problem(draft.group, modules, graph)):
+    elif draft.group and (problem := flow_problem(draft.group, modules, graph) or grid_problem(draft, draft.group, modules)):
         problems.append(f"{draft.fused_by}: fuse_names {draft.group!r}: {problem}")
+        return
+    problems.extend(absorb_between(draft, drafts, graph))
+    if calls and (problem := cut_problem(draft, graph)) is not None:
+        problems.append(f"{draft.fused_by}: fuse_names {draft.whole!r}: {problem}")
         return
     if not calls:
         del drafts[name]
         notes.append(f"{name} ({type(draft.module).__name__}) is not called in the recorded forward and stays float")
         return
-    if "bias" in draft.targets and any(isinstance(modules[member], BatchNorm) for member in draft.group):
+    if "bias" in draft.targets and any(is_batch_norm(modules[member]) for member in draft.group):
         problems.append(
             f"{draft.targets['bias'].decided_by}: 'bias' of {name!r} has no grid of its own: batch norm folds into it, and a "
             "folded bias is int32 on the layer's grid by itself; leave it out of the targets."
         )
     if not draft.group and any(call.index in graph.side_effects for call in graph.calls(name)):
+        if is_operator(draft.module) and not draft.named:  # a preset or a type swept it up
+            del drafts[name]
+            return
         problems.append(
             f"config_list: {name!r} ({type(draft.module).__name__}) works in place and its input is used afterwards "
             "by its old name; rounded, nothing is written there. Leave it out."
@@ -447,7 +371,70 @@ def _against_forward(
     if len(calls) > 1:
         draft.notes.append(f"called {len(calls)} times: one range for all")
     end = graph.boundaries.get(draft.group[-1], ()) if draft.group else calls
-    _shaped(draft, calls, end, problems)
+    _shaped(draft, graph.boundaries[draft.group[0]] if draft.group else calls, end, problems)
+
+
+def _other_readers(draft: Draft, graph: Graph) -> tuple[str, str] | None:
+    """(a parameter of a drafted module, an operator of another module that reads it): deployed, it is no float tensor."""
+    for target in [*draft.targets, *(("weight", "bias") if is_head(draft.module) else ())]:
+        for reader in graph.readers_of_parameters.get(f"{draft.name}.{target}", ()):
+            owner = graph.operators[reader].site.owner if reader in graph.operators else ""
+            if owner != draft.name and not owner.startswith(f"{draft.name}."):
+                return target, reader
+    return None
+
+
+def _rank(module: nn.Module) -> int:
+    return 0 if is_head(module) else 1 if is_batch_norm(module) else 2
+
+
+def _left(layers: Sequence[LayerPlan], graph: Graph, known: Mapping[str, Setting], selected: set[str]) -> dict[str, str]:
+    """What computes in float, with the reason, in the order of the data; what only moves values does not compute."""
+    taken = {name for layer in layers for name in (layer.name, *layer.fused_with)}
+    inside = tuple(f"{layer.name}." for layer in layers)
+    read_elsewhere = {parameter.rpartition(".")[0] for parameter in graph.readers_of_parameters} & selected
+    left: dict[str, str] = {}
+    for node in graph.nodes:
+        if (
+            node.kind == "input"
+            or node.passing
+            or not node.floating
+            or node.name in taken
+            or node.name.startswith(inside or ("\0",))
+        ):
+            continue
+        if node.kind == "function" and node.name not in graph.operators:
+            weight = ".parametrizations." in f".{node.name}"
+            left[node.name] = "computes a weight" if weight else "in a checkpoint, whose second run cannot be caught"
+            continue
+        if node.kind == "function" and node.index in graph.side_effects:
+            left[node.name] = f"{node.op} in place, and what it wrote over is used afterwards by its old name"
+        elif node.kind == "module" and node.name in read_elsewhere:
+            left[node.name] = "a parameter of it is read past it, too"
+        elif node.kind == "module" or node.op in known:
+            left[node.name] = "not selected"
+        else:
+            left[node.name] = f"no setting for {node.op}"
+    return left
+
+
+def _read_elsewhere(layers: Sequence[LayerPlan], graph: Graph) -> list[str]:
+    """Notes on parameters that an operator reads past their module: there they are not rounded."""
+    notes: list[str] = []
+    for parameter, readers in graph.readers_of_parameters.items():
+        name, _, own = parameter.rpartition(".")
+        inside = any(name.startswith(f"{layer.name}.") for layer in layers)
+        if own and not inside and not graph.boundaries.get(name):
+            notes.append(f"{parameter} is read by {', '.join(readers)}, though {name} is never called; it stays float")
+    return notes
+
+
+def _moved(operator: Operator, prefix: str) -> Operator:
+    """The operator with its owner's name in the whole model."""
+    if prefix:
+        owner = f"{prefix}{operator.site.owner}".rstrip(".")
+        operator.site = replace(operator.site, owner=owner)
+    return operator
 
 
 def _renamed(layer: LayerPlan, prefix: str) -> LayerPlan:
@@ -457,6 +444,6 @@ def _renamed(layer: LayerPlan, prefix: str) -> LayerPlan:
         key: replace(target, source=None if target.source is None else prefix + target.source)
         for key, target in layer.targets.items()
     }
-    norm = None if layer.batch_norm is None else prefix + layer.batch_norm
-    activation = None if layer.activation is None else prefix + layer.activation
-    return replace(layer, name=prefix + layer.name, batch_norm=norm, activation=activation, targets=targets)
+    names = {key: getattr(layer, key) for key in ("batch_norm", "activation", "norm_before")}
+    others: dict[str, Any] = {key: None if name is None else prefix + name for key, name in names.items()}
+    return replace(layer, name=prefix + layer.name, targets=targets, **others)

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_quant.config import ConfigError
-from lightning_quant.fusion import FusedGroup, activation_cap, install
+from lightning_quant.config import ConfigError, TensorSpec
+from lightning_quant.fusion import Ending, FusedGroup, install
 from lightning_quant.graph import moved
-from lightning_quant.group import Group, group_of, is_group_head, join, leave
+from lightning_quant.group import Group, Share, group_of, is_group_head, join, leave
+from lightning_quant.intercept import End, Head, OperatorGroup, disown, is_owner, is_prepared, operator_groups, own
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
-from lightning_quant.plan import LayerPlan, Plan
+from lightning_quant.layers import LayerPlan, Plan
+from lightning_quant.patterns import clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
 from lightning_quant.schedule import Phase
 from lightning_quant.settings import kept_bases
+from lightning_quant.sites import Operator
 from lightning_quant.targets import Arguments, is_activation, is_input
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
@@ -34,27 +37,23 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ConfigError: if the model is prepared already or lacks a module of the plan; the model is then unchanged.
     """
-    if any(is_group_head(module) for module in model.modules()):
-        raise ConfigError(f"{type(model).__name__} is already prepared; call restore_model(model) first.")
-    modules = dict(model.named_modules())
-    missing = [name for layer in plan.layers for name in (layer.name, *layer.members) if name not in modules]
-    if missing:
-        raise ConfigError(
-            f"the plan names {', '.join(map(repr, missing))}, which {type(model).__name__} lacks; make the plan anew."
-        )
-    other = [layer for layer in plan.layers if not _is_of(modules[layer.name], layer)]
-    if other:
-        raise ConfigError(
-            f"the plan has a {other[0].type} called {other[0].name!r}, which is a {type(modules[other[0].name]).__name__} here; "
-            "make the plan anew."
-        )
+    modules = _modules_of(model, plan)
     quantizers = _make_quantizers(plan, modules)
     sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
     groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
+    for (group, _), layer in zip(groups, plan.layers, strict=True):
+        group.shares = _shares(group, layer)
+        if isinstance(group, Ending):  # a hook may hand on another tensor, too
+            group.loose = layer.loose or any(modules[name]._forward_hooks for name in (layer.name, *layer.fused_with)[:-1])
     try:
+        for group, head in groups:  # operators first: a module may own some and be quantized itself
+            _catch(group, head, model)
+        for operator in plan.operators.values():
+            if is_owner(owner := modules.get(operator.site.owner, model)):
+                own(owner).leave(operator.site)
         for group, head in groups:
-            if isinstance(group, FusedGroup):
-                install(group, head)
+            if isinstance(group, Ending):
+                install(group, None if isinstance(head, Operator) else head)
             else:
                 join(group, head, WrappedModule)
     except BaseException:
@@ -66,6 +65,37 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
                 module.__dict__[_SAVED + switch] = module.__dict__[switch]
                 module.__dict__[switch] = off
     return model
+
+
+def _modules_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules of `model` and the operators of `plan` by name; a ConfigError if the plan is not for this model."""
+    if is_prepared(model):
+        raise ConfigError(f"{type(model).__name__} is already prepared; call restore_model(model) first.")
+    modules = {**plan.operators, **dict(model.named_modules())}
+    missing = [name for layer in plan.layers for name in (layer.name, *layer.fused_with) if name not in modules]
+    sites = [modules[name] for layer in plan.layers for name in (layer.name, *layer.fused_with) if name not in missing]
+    missing += [one.site.owner for one in sites if isinstance(one, Operator) and one.site.owner and one.site.owner not in modules]
+    if missing:
+        raise ConfigError(
+            f"the plan names {', '.join(map(repr, missing))}, which {type(model).__name__} lacks; make the plan anew."
+        )
+    other = [layer for layer in plan.layers if not _is_of(modules[layer.name], layer)]
+    if other:
+        raise ConfigError(
+            f"the plan has a {other[0].type} called {other[0].name!r}, which is a {type(modules[other[0].name]).__name__} here; "
+            "make the plan anew."
+        )
+    return modules
+
+
+def _catch(group: Group, head: nn.Module, model: nn.Module) -> None:
+    """Have the operators of a group caught where the forward of their owner calls them."""
+    if isinstance(head, Operator):
+        assert isinstance(group, OperatorGroup)
+        own(model.get_submodule(head.site.owner)).add(head.site, Head(group))
+    if isinstance(group, Ending) and isinstance(group.activation, Operator):
+        site = group.activation.site
+        own(model.get_submodule(site.owner)).add(site, End(group, group.activation))
 
 
 def _is_of(module: nn.Module, layer: LayerPlan) -> bool:
@@ -89,15 +119,21 @@ def _make_quantizers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, 
     """Every quantizer that is not shared, by the name of its target: 'conv1._output_'."""
     quantizers: dict[str, ActivationQuantizer] = {}
     for layer in plan.layers:
-        cap = None if layer.activation is None else activation_cap(modules[layer.activation])
+        clamp = None if layer.activation is None else clamp_of(modules[layer.activation])
+        if layer.inner is not None:
+            name = f"{layer.name}.{layer.inner.target}"
+            quantizers[name] = _quantizer_kind(layer.inner.spec)(layer.inner.spec, name)
         for target, decided in layer.targets.items():
             if is_activation(target) and decided.active and decided.source is None:
-                name, rectified = f"{layer.name}.{target}", not is_input(target) and cap is not None
-                kind = ActivationQuantizer if decided.spec.granularity == "per_tensor" else BlockQuantizer
-                quantizers[name] = kind(
-                    decided.spec, name, rectified=rectified, cap=cap if rectified and cap is not None else math.inf
-                )
+                name, rectified = f"{layer.name}.{target}", not is_input(target) and clamp is not None
+                floor, cap = clamp if rectified and clamp is not None else (0.0, math.inf)
+                kind = _quantizer_kind(decided.spec)
+                quantizers[name] = kind(decided.spec, name, rectified=rectified, cap=cap, floor=floor)
     return quantizers
+
+
+def _quantizer_kind(spec: TensorSpec) -> type[ActivationQuantizer]:
+    return ActivationQuantizer if spec.granularity == "per_tensor" else BlockQuantizer
 
 
 def _make_group(
@@ -119,6 +155,17 @@ def _make_group(
 
     parameters = {name: target.spec for name, target in targets.items() if not is_activation(name)}
     module = modules[layer.name]
+    activation = None if layer.activation is None else modules[layer.activation]
+    if layer.operator:
+        arguments = Arguments(type(module))
+        places = {t: argument.position or 0 for t in targets if is_input(t) and (argument := arguments.find(t)) is not None}
+        return OperatorGroup(
+            layer.name,
+            inputs={position: shared(target) for target, position in places.items()},
+            outputs={t: shared(t) for t in targets if t.startswith(OUTPUT) and activation is None},
+            activation=activation,
+            output=quantizers[f"{layer.name}.{OUTPUT}"] if OUTPUT in targets and activation is not None else None,
+        )
     if not layer.folds:
         arguments = Arguments(type(module))
         found = [(arguments.find(name), shared(name)) for name in targets if is_input(name)]
@@ -131,15 +178,35 @@ def _make_group(
     given = shared(INPUT) if INPUT in targets else (None, True, True)
     return FusedGroup(
         layer.name,
-        batch_norm=None if layer.batch_norm is None else modules[layer.batch_norm],
-        activation=None if layer.activation is None else modules[layer.activation],
+        norm_before=None if layer.norm_before is None else modules[layer.norm_before],
+        norm=None if layer.batch_norm is None else modules[layer.batch_norm],
+        activation=activation,
         input=given[0],
         input_owned=given[1],
         input_applied=given[2],
         weight=parameters.get(WEIGHT),
         bias=parameters.get("bias"),
+        inner=None if layer.inner is None else quantizers[f"{layer.name}.{layer.inner.target}"],
         output=quantizers[f"{layer.name}.{OUTPUT}"] if OUTPUT in targets else None,
     )
+
+
+def _shares(group: Group, layer: LayerPlan) -> dict[Any, Share]:
+    """The inputs of a group whose ranges other layers move, by position."""
+    if isinstance(group, FusedGroup):
+        inputs = {0: (group.input, group.input_owned)}
+    elif isinstance(group, OperatorGroup):
+        inputs = {position: (how[0], how[1]) for position, how in group.inputs.items()}
+    else:
+        assert isinstance(group, ModuleGroup)
+        inputs = {index: (quantizer, owned) for index, (_, quantizer, owned, _) in enumerate(group.inputs)}
+    found: dict[Any, Share] = {}
+    for key, (quantizer, owned) in inputs.items():
+        if quantizer is not None and not owned:
+            maker = quantizer.name[: quantizer.name.rindex("._")]
+            if layer.calls and maker != layer.name:
+                found[key] = Share(quantizer, layer.calls)
+    return found
 
 
 def restore_model(model: nn.Module) -> nn.Module:
@@ -149,6 +216,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         leave(module)
+        disown(module)
         for switch, _ in _FAST_PATHS.values():
             if _SAVED + switch in module.__dict__:
                 module.__dict__[switch] = module.__dict__.pop(_SAVED + switch)
@@ -156,12 +224,13 @@ def restore_model(model: nn.Module) -> nn.Module:
 
 
 def prepared_groups(model: nn.Module) -> dict[str, tuple[nn.Module, Group]]:
-    """(head, group) by the head's name, in the order of the model; empty if it is not prepared."""
+    """(head, group) by the head's name, in the order of the model; an operator's head is its owner. Empty if not prepared."""
     found: dict[str, tuple[nn.Module, Group]] = {}
     for name, module in model.named_modules():
         group = group_of(module)
         if group is not None and is_group_head(module):
             found[name] = (module, group)
+        found.update({one.name: (module, one) for one in operator_groups(module)})
     return found
 
 

@@ -152,15 +152,18 @@ class ActivationQuantizer:
     Args:
         spec: the grid.
         name: what it belongs to, for messages (`conv1._output_`).
-        rectified: a ReLU stands before it and is absorbed: values below 0 become 0 by the clamp alone.
-        cap: the upper end of that ReLU (6.0 for ReLU6), else infinity.
+        rectified: a ReLU or Hardtanh stands before it and is absorbed: values outside its ends become its ends by the grid's.
+        cap: the upper end of that clamp (6.0 for ReLU6, infinity for ReLU); floor: the lower (0.0, for Hardtanh -1.0).
     """
 
-    def __init__(self, spec: TensorSpec, name: str, *, rectified: bool = False, cap: float = math.inf) -> None:
-        self.spec, self.name, self.rectified, self.cap = spec, name, rectified, cap
+    def __init__(
+        self, spec: TensorSpec, name: str, *, rectified: bool = False, cap: float = math.inf, floor: float = 0.0
+    ) -> None:
+        self.spec, self.name, self.rectified, self.cap, self.floor = spec, name, rectified, cap, floor
         self.low: float | Tensor | None = None
         self.high: float | Tensor | None = None
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
+        self.passes = 0  # how often the layer that moves its range ran
         # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
         self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
@@ -177,7 +180,7 @@ class ActivationQuantizer:
             return
         self.changes += 1
         high = x.amax()
-        low = high.new_zeros(()) if self.rectified else x.amin()
+        low = high.new_zeros(()) if self.rectified and self.floor == 0.0 else x.amin()
         if x.device.type == "cpu":
             self._observe_host(float(low), float(high))
         else:
@@ -188,7 +191,7 @@ class ActivationQuantizer:
             self._warn()
             return
         if self.rectified:
-            high = min(max(high, 0.0), self.cap)
+            low, high = (min(max(side, self.floor), self.cap) for side in (low, high))
         if self.low is None or self.high is None:
             self.low, self.high = low, high
         elif self.spec.observer == "minmax":
@@ -206,7 +209,7 @@ class ActivationQuantizer:
     def _observe_device(self, low: Tensor, high: Tensor) -> None:
         finite = torch.isfinite(low) & torch.isfinite(high)
         if self.rectified:
-            high = high.clamp(0.0, self.cap)
+            low, high = low.clamp(self.floor, self.cap), high.clamp(self.floor, self.cap)
         if self.low is None or self.high is None:
             self.low, self.high = torch.full_like(low, math.nan), torch.full_like(high, math.nan)
         for name, new, widest in (("low", low, torch.minimum), ("high", high, torch.maximum)):
@@ -222,7 +225,7 @@ class ActivationQuantizer:
         scale, zero = affine_range(float(self.low), float(self.high), spec)
         low, high = spec.qmin, spec.qmax
         if self.rectified:
-            low = max(low, zero)
+            low = max(low, zero + round(self.floor / scale))
             if math.isfinite(self.cap):
                 high = min(high, zero + round(self.cap / scale))
         return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
@@ -230,7 +233,7 @@ class ActivationQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""
         if self.rectified and not self.absorbs:
-            x = F.hardtanh(x, 0.0, self.cap)  # not x.clamp: its gradient at 0 is 1
+            x = F.hardtanh(x, self.floor, self.cap)  # not x.clamp: its gradient at 0 is 1
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         y = self._on_host(wide) if x.device.type == "cpu" else self._on_device(wide)
         return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -238,12 +241,12 @@ class ActivationQuantizer:
     def _on_host(self, x: Tensor) -> Tensor:
         grid = self.grid()
         assert isinstance(grid, Grid)
-        low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+        low, high = grid.clip_low - grid.zero_point, grid.clip_high - grid.zero_point
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _round_to_grid(x, grid.scale, low, high)
         lower, upper = (low - 0.5) * grid.scale, (high + 0.5) * grid.scale
         if self.absorbs:
-            lower, upper = 0.0, min(upper, self.cap)
+            lower, upper = max(lower, self.floor), min(upper, self.cap)
         if self.spec.apply_method == "clamp_round":
             lower, upper = -math.inf, math.inf
         y: Tensor = _FakeQuantizeHost.apply(x, grid.scale, low, high, lower, upper)
@@ -255,7 +258,8 @@ class ActivationQuantizer:
         bottom, top = spec.qmin - zero, spec.qmax - zero
         lower, upper = (bottom - 0.5) * scale, (top + 0.5) * scale
         if self.absorbs:
-            lower, upper = torch.zeros_like(upper), upper.clamp(max=self.cap)
+            bottom, top = torch.maximum(bottom, (self.floor / scale).round()), torch.minimum(top, (self.cap / scale).round())
+            lower, upper = lower.clamp(min=self.floor), upper.clamp(max=self.cap)
         if spec.apply_method == "clamp_round":
             lower, upper = torch.full_like(lower, -math.inf), torch.full_like(upper, math.inf)
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -309,7 +313,7 @@ class BlockQuantizer(ActivationQuantizer):
         if x.device.type == "cpu" and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             self._warn()
             return
-        self._observe_device(torch.zeros_like(low) if self.rectified else low, high)
+        self._observe_device(low, high)
 
     def _kernel(self, x: Tensor) -> tuple[int, ...]:
         kernel = self.spec.kernel(x.dim())
@@ -436,41 +440,44 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec) -> Tensor:
-    """The step of every channel of a folded weight on a shared grid, seen from the unfolded weight: s / c.
+def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec, channel: tuple[int, ...]) -> Tensor:
+    """The step of a folded weight, seen from the unfolded weight: s / c, and another one for faint channels.
 
     A channel whose folded weights all round to 0 (gamma near 0) would have zero batch statistics, and then neither its
     gamma nor its running variance could ever recover. It is trained on a grid of its own; deployed it is 0 plus beta.
     """
     zero: Tensor | float = 0.0 if grid.zero_point is None else grid.zero_point
-    dims = tuple(range(1, weight.dim()))
-    high, low = weight.amax(dims, keepdim=True).clamp_(min=0), weight.amin(dims, keepdim=True).clamp_(max=0)
+    low, high = (spread(side, weight.shape) for side in block_range(weight, channel))
+    high, low = high.clamp(min=0), low.clamp(max=0)
     above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
     own = torch.maximum(high / above, -low / below)
     step = grid.scale / fold
-    if step.dim() and step.numel() > fold.numel():  # blocks inside a channel: it is faint where all of it rounds to 0
-        faint = (weight.abs() / step).round_().amax(dims, keepdim=True) == 0
+    if step.dim() and step.numel() > high.numel():  # scales inside a channel: it is faint where all of it rounds to 0
+        most = spread(block_range((weight.abs() / step).round_(), channel)[1], weight.shape)
     else:
-        faint = (torch.maximum(high, -low) / step).round_() == 0
-    return torch.where(faint, torch.where(own > 0, own, 1.0), step)
+        most = (torch.maximum(high, -low) / step).round_()
+    return torch.where(most == 0, torch.where(own > 0, own, 1.0), step)
 
 
-def fake_quantize_weight(weight: Tensor, spec: TensorSpec, fold: Tensor | None = None) -> Tensor:
+def fake_quantize_weight(
+    weight: Tensor, spec: TensorSpec, fold: Tensor | None = None, channel: tuple[int, ...] | None = None
+) -> Tensor:
     """A weight rounded to its grid, with gradient; same shape and dtype.
 
     Args:
         weight: float (C, ...).
         spec: its grid.
-        fold: None, or |gamma| / sigma of the batch norm behind the layer, detached, shape (C, 1, ...), >= 0. Then the
-            *folded* weight `weight * fold` is what lies on the grid, and `fq(weight * fold) / fold` is returned: the
-            general weight-side path, see fusion.py.
+        fold: None, or what the weight is multiplied by where norms are folded into it: |gamma| / sigma, detached, >= 0, to
+            broadcast against it, (C, 1, ...) for a norm behind the layer. Then the *folded* weight `weight * fold` is what lies
+            on the grid, and `fq(weight * fold) / fold` is returned: the general weight-side path, see fusion.py.
+        channel: the block that makes one output channel, as in `block_range`; None for an index of dimension 0.
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
-        return fake_quantize_weight(weight.float(), spec, fold).to(weight.dtype)
+        return fake_quantize_weight(weight.float(), spec, fold, channel).to(weight.dtype)
     with torch.no_grad():
         data = weight.detach()
         grid = weight_grid(data if fold is None else data * fold, spec)
-        step = grid.scale if fold is None else _faint_step(data, grid, fold, spec)
+        step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
     if grid.zero_point is None:
         y: Tensor = _RoundWeight.apply(weight, step)
     else:

@@ -96,6 +96,7 @@ rounded numbers: right, and as small a file, but no faster.
 | no input grid / no output grid: float arithmetic | add `_input_` (`_output_`) to the targets to have it run on integers |
 | last layer: float output | a linear layer whose result no other quantized layer reads keeps its full precision; name `_output_` to round it |
 | last layer, output quantized | the same for a convolution, which runtimes have only with a rounded output |
+| `_inner_` | what an activation reads that no integer kernel has: rounded on the grid of `_output_`, of its own range |
 | shared with ... | the tensor is on that grid already, or another reader rounds it: one range for both |
 | overrules ... | an earlier entry decided this target, too |
 | one scale: ... / ... is for weights | the entry's granularity does not fit this target |
@@ -117,6 +118,27 @@ CustomizedModule:
   p1: {quant_dtype: int4}
 ```
 
+"""
+_FUSION = """\
+## What fuses
+
+Groups are found in the recorded forward, by what reads what, whatever the names; each member may be a module or, for additions and
+activations, a function. Between members, dropout and identity are seen through.
+
+| group | deployed as |
+|---|---|
+| Conv1d/2d/3d or Linear, [BatchNorm or SyncBatchNorm], [ReLU, ReLU6 or Hardtanh] | one integer kernel |
+| the same with LeakyReLU, PReLU, SiLU, Hardswish, GELU, Sigmoid, Tanh or Hardsigmoid | an integer kernel, rounded (`_inner_` in the plan), then the activation in float arithmetic, rounded |
+| ConvTranspose1d/2d/3d in place of the layer | int8 weights, float arithmetic: CPU runtimes have no such kernel |
+| BatchNorm before a convolution that does not pad, or before Linear | folded into the layer, where its weight grid has no zero point; by itself not at the model's input nor where channels are scaled very unlike, because they would share grids |
+| BatchNorm, clamp (ReLU, ReLU6 or Hardtanh) | one integer kernel with a scale for each channel, exact |
+| add, clamp | an addition on rounded tensors; the clamp is the end of its grid |
+| a layer's group, add, [clamp], in `fuse_names` | the two above: a runtime adds in a kernel of its own |
+| what `register_fusion` adds | as it says |
+
+Linear and BatchNorm1d fuse on 2-D inputs only. Refused, with the reason in the plan: a module that two groups share, an output that
+something else reads, too, batch norm without running statistics, a batch norm behind an activation, a layer or norm whose forward is
+its own. Without an example input the forward is traced symbolically, where `torch.fx` can follow it.
 """
 _DEVIATIONS = """\
 ## Where this differs from NNI 3.0
@@ -143,6 +165,7 @@ _DEVIATIONS = """\
 | a target that a registered setting lacks is a `KeyError` | has the defaults, where the module has such a tensor | a registered setting says what is quantized unless told otherwise |
 | a fused activation must have `_output_` among the targets | need not: the result is then a float ReLU | |
 | a convolution whose output is read twice is fused, and wrong | refused, with the name of the other reader | |
+| nothing is fused unless `fuse_names` lists it | `fuse_names: auto` is the default, `[]` turns it off | a group that the recorded forward proves is never wrong |
 | ReLU6 is no fusion pattern | it is | the page's own model uses it |
 | a list granularity on an activation is padded at the front, over the batch too | refused where dimension 0 would have a scale for each index | such a scale fits one batch size only |
 | the order in which modules are wrapped changes from run to run | is that of the model | |
@@ -162,7 +185,7 @@ def page() -> str:
         "",
         "## Which tensors, and fusion",
         "",
-        *_table({name: ENTRY[name] for name in ("target_names", "target_settings", "fuse_names")}),
+        *_table({name: ENTRY[name] for name in ("target_names", "target_settings", "fuse_names", "high_precision_output")}),
         "",
         "## How they are quantized",
         "",
@@ -178,6 +201,8 @@ def page() -> str:
         "## Presets",
         "",
         'A preset\'s types that a model lacks are no error. An entry after it refines it: `["int8", {...}]`.',
+        "Of operators a preset takes only those that work on what quantized layers made: masks of attention, positions and variances",
+        "stay float. `print(plan)` ends with what stays float, and why.",
         "",
         "| name | stands for |",
         "|---|---|",
@@ -196,8 +221,13 @@ def page() -> str:
         "through `self.parameters()`, in another method that is called from outside, in a generator, in a part that",
         "`torch.utils.checkpoint` computes a second time; such a module cannot be converted, or must be left out.",
         "",
-        f"Operators that models call as functions have settings, too, but cannot be quantized yet: {', '.join(OPERATORS)}.",
+        "Operators that models call as functions (`F.relu(x)`, `a + b`, `torch.cat`) have settings, too: ",
+        f"{', '.join(OPERATORS)}. They are found in the recorded forward and named after the module whose forward calls them:",
+        "`layer1.0.add`, the second of that forward `layer1.0.add_1`; `print(plan)` shows the names. `_input_` is the first tensor that",
+        "an operator reads, `_input_1` the second; of `cat`, `stack` and `einsum` all are meant. A number as operand (`x + 1`) stays one.",
+        "What only moves values (view, flatten, permute, split, max_pool, padding with 0, ...) needs no quantizer: the grid goes through.",
         "",
+        _FUSION,
         _NOTES,
         _DEVIATIONS,
     ]

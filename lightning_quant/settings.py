@@ -200,8 +200,6 @@ _PARAMETER = {**PARAMETER_DEFAULTS, "apply_method": "qat_clamp_round"}
 _THROUGH: Setting = {INPUT: _ACTIVATION, OUTPUT: _ACTIVATION}
 _TWO: Setting = {INPUT: _ACTIVATION, "_input_1": _ACTIVATION, OUTPUT: _ACTIVATION}
 _WEIGHTED: Setting = {INPUT: _ACTIVATION, WEIGHT: _PARAMETER, OUTPUT: _ACTIVATION}
-# The weight of a transposed convolution is (in, out / groups, ...): its output channels lie along dimension 1.
-_TRANSPOSED: Setting = {INPUT: _ACTIVATION, WEIGHT: {**_PARAMETER, "granularity": "in_channel"}, OUTPUT: _ACTIVATION}
 # Query, key and value; in_proj_weight or q_, k_ and v_proj_weight; out_proj.weight.
 _ATTENTION: Setting = {
     INPUT: _ACTIVATION,
@@ -214,7 +212,7 @@ _ATTENTION: Setting = {
 _QUANTIZATION: list[tuple[Setting, tuple[type[nn.Module], ...]]] = [
     (_WEIGHTED, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     ({INPUT: _ACTIVATION, "_input_1": _ACTIVATION, WEIGHT: _PARAMETER, OUTPUT: _ACTIVATION}, (nn.Bilinear,)),
-    (_TRANSPOSED, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+    (_WEIGHTED, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
     (_THROUGH, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)),
     (_THROUGH, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
     ({WEIGHT: _PARAMETER}, (nn.Embedding, nn.EmbeddingBag)),
@@ -229,6 +227,7 @@ _QUANTIZATION: list[tuple[Setting, tuple[type[nn.Module], ...]]] = [
 ]
 # Operators that a model calls as functions, by the names under which they are recorded.
 TWO_INPUT_OPERATORS = ("add", "sub", "mul", "matmul", "bmm", "einsum")
+VARIADIC_OPERATORS = ("cat", "stack", "einsum")
 OPERATORS = (
     *TWO_INPUT_OPERATORS,
     *("relu", "relu6", "hardtanh", "leaky_relu", "gelu", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh", "softmax"),

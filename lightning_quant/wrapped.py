@@ -80,6 +80,7 @@ class ModuleGroup(Group):
         """What happens to one activation in this pass: its range moves, then it is rounded."""
 
         def act(x: Tensor) -> Tensor:
+            quantizer.passes += owned
             if self.observing and owned:
                 quantizer.observe(x)
             return quantizer(x) if applied and self.phase.quantize and quantizer.ready else x
@@ -88,6 +89,9 @@ class ModuleGroup(Group):
 
     def simulated(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The user's forward on fake-quantized tensors, with gradients."""
+        for index, (argument, *_) in enumerate(self.inputs):
+            if isinstance(argument.read(args, kwargs), Tensor):
+                self.read(index)
         rounds: dict[int, Round] = {}
         inputs = [
             (argument, rounds.setdefault(id(quantizer), self.rounding(quantizer, owned, applied)))
@@ -122,8 +126,8 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 class WrappedModule(Member):
     """The role of a module that is quantized around its own forward."""
 
-    prefix = "Quantized"
-    begins = True
+    _made_prefix = "Quantized"
+    _made_begins = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize, prune
 from toys import fingerprint
 
 from lightning_quant.config import ConfigError, parse_rules
-from lightning_quant.plan import Plan, make_plan
+from lightning_quant.layers import Plan
+from lightning_quant.plan import make_plan
 from lightning_quant.prepare import prepare_model, restore_model
 from lightning_quant.settings import QuantizationSetting
 
@@ -68,7 +69,18 @@ class Net(nn.Module):
         return out
 
 
+class Branching(Net):
+    """Asks what a number is, which no symbolic trace can answer."""
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x, tokens)
+
+
 EXAMPLE = (torch.ones(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+UNSEEN = (
+    "no example_input was given, and symbolic tracing failed: symbolically traced variables cannot be used as inputs to control "
+    "flow"
+)
 Row = tuple[Any, str]
 
 
@@ -77,9 +89,9 @@ def row(config: Any, text: str) -> Row:
     return config, text
 
 
-def watched() -> Net:
+def watched(kind: type[Net] = Net) -> Net:
     """A net with everything that an error may not touch: hooks, frozen weights, a part in eval mode."""
-    model = Net()
+    model = kind()
     model.bn1.eval()
     model.conv1.weight.requires_grad_(False)
     model.conv1.register_forward_hook(lambda module, args, output: None)
@@ -105,8 +117,8 @@ def together(*problems: str) -> str:
 # -- what shows without a model -----------------------------------------------------------------------------------------
 
 KEYS = (
-    "apply_method, exclude_op_names, exclude_op_names_re, exclude_op_types, fuse_names, granularity, method, observer, op_names, "
-    "op_names_re, op_types, quant_dtype, quant_scheme, target_names, target_settings"
+    "apply_method, exclude_op_names, exclude_op_names_re, exclude_op_types, fuse_names, granularity, high_precision_output, "
+    "method, observer, op_names, op_names_re, op_types, quant_dtype, quant_scheme, target_names, target_settings"
 )
 TARGET_KEYS = "apply_method, granularity, method, observer, quant_dtype, quant_scheme"
 TYPES = "allowed: int2 to int16 and uint2 to uint16."
@@ -300,11 +312,21 @@ WORDS: dict[str, Row] = {
     ),
     "a group of one": row(
         linear(fuse_names=[("conv1", "bn1"), ["conv2"]]),
-        f"{FIRST}['fuse_names'][1]: a group has 2 or 3 names, got 1: ('conv2',).",
+        f"{FIRST}['fuse_names'][1]: a group has 2 to 5 names, got 1: ('conv2',).",
     ),
-    "a group of four": row(
-        linear(fuse_names=[list("abcd")]),
-        f"{FIRST}['fuse_names'][0]: a group has 2 or 3 names, got 4: ('a', 'b', 'c', 'd').",
+    "a group of six": row(
+        linear(fuse_names=[list("abcdef")]),
+        f"{FIRST}['fuse_names'][0]: a group has 2 to 5 names, got 6: ('a', 'b', 'c', 'd', 'e', 'f').",
+    ),
+    "high_precision_output as a string": row(
+        linear(high_precision_output="yes"), f"{FIRST}['high_precision_output']: expected true, false or nothing, got 'yes'."
+    ),
+    "high_precision_output of a target": row(
+        weight(high_precision_output=True), f"{WEIGHT}: unknown key 'high_precision_output'; allowed: {TARGET_KEYS}."
+    ),
+    "a typo of high_precision_output": row(
+        linear(high_precision_outputs=True),
+        f"{FIRST}: unknown key 'high_precision_outputs'; allowed: {KEYS}. Did you mean 'high_precision_output'?",
     ),
     "a name twice in a group": row(
         linear(fuse_names=[("conv1", "bn1", "conv1")]),
@@ -337,7 +359,10 @@ def test_an_unknown_preset() -> None:
 
 # -- what shows with the modules ----------------------------------------------------------------------------------------
 
-HAS = "the model has BatchNorm2d (2), Conv2d (2), Embedding (1), Linear (2), Pair (1), ReLU (1), ReLU6 (1), Shifted (1)."
+MODULES_ALONE = (
+    "the model has BatchNorm2d (2), Conv2d (2), Embedding (1), Linear (2), Pair (1), ReLU (1), ReLU6 (1), Shifted (1)."
+)
+HAS = f"{MODULES_ALONE.removesuffix('.')}, add (3), matmul (1), mul (2)."
 LATER = "Layers built later are not visible before on_fit_start."
 FEW = "the model has 'conv1', 'bn1', 'relu1', 'conv2', 'bn2', ..."
 NEAR = "the model has 'conv2', 'conv1', 'own', ..."
@@ -405,9 +430,13 @@ MODULES: dict[str, Row] = {
         f"{FIRST}: exclude_op_types 'Linaer' matches no module; {HAS} Did you mean 'Linear'?",
     ),
     "an operator": row(
-        [{"op_types": ["add"]}],
-        f"{FIRST}: op_types 'add' matches no module; {HAS} It is an operator that models call as a function; only modules can be "
-        "quantized yet.",
+        [{"op_types": ["cat"]}],
+        f"{FIRST}: op_types 'cat' matches no module; {HAS} It is an operator that models call as a function, and the recorded "
+        "forward calls none.",
+    ),
+    "the name of an operator": row(
+        names("pair.add_7"),
+        f"{FIRST}: op_names 'pair.add_7' matches no module. Close: 'pair.add', 'pair.mul_1', 'pair.matmul'. {LATER}",
     ),
     "a base whose forward nobody keeps": row(
         [{"op_types": ["Module"]}],
@@ -436,7 +465,7 @@ MODULES: dict[str, Row] = {
     "a type without a setting, targets named": row(names("pair", target_names=["p1"]), f"{FIRST}: {UNKNOWN}"),
     "a subclass with its own forward": row(names("own"), f"{FIRST}: {SHIFTED}"),
     "a regex that only such modules match": row(
-        [{"op_names_re": ["own", "pair"]}],
+        [{"op_names_re": ["own", "pair$"]}],
         f"{FIRST}: nothing that it selects can be quantized: {UNKNOWN} {SHIFTED}",
     ),
     "a typo in target_names, many modules": row(
@@ -565,16 +594,35 @@ MODULES: dict[str, Row] = {
     "types that do not fuse": row(
         names("conv1", fuse_names=[("conv1", "relu1", "bn1")]),
         f"{FIRST}: fuse_names ('conv1', 'relu1', 'bn1'): (Conv2d, ReLU, BatchNorm2d) is no pattern that fuses; a group is "
-        "Conv1d/Conv2d/Conv3d/Linear, then optionally the batch norm of the same dimensions, then optionally ReLU/ReLU6.",
+        "Conv1d/Conv2d/Conv3d/ConvTranspose1d/ConvTranspose2d/ConvTranspose3d/Linear, then optionally the batch norm of the same "
+        "dimensions, then optionally ReLU/ReLU6/Hardtanh/LeakyReLU/PReLU/SiLU/Hardswish/GELU/Sigmoid/Tanh/Hardsigmoid, as "
+        "modules or functions; a batch norm may stand before a layer that does not pad; or batch norm or add, then ReLU/ReLU6/"
+        "Hardtanh. `register_fusion` adds patterns.",
     ),
 }
 
 
-@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["no example", "example"])
+@pytest.mark.parametrize("example", [None, EXAMPLE], ids=["traced", "example"])
 @pytest.mark.parametrize("name", MODULES)
 def test_what_shows_with_the_modules(name: str, example: Any) -> None:
     config, text = MODULES[name]
     assert refusal(watched(), config, example) == text
+
+
+ONLY_SEEN = "Operators that a forward calls as functions show only with example_input."
+# What is said of operators where no forward could be seen.
+WITHOUT_A_FORWARD = {
+    "an operator": f"{FIRST}: op_types 'cat' matches no module; {MODULES_ALONE} It is an operator that models call as a "
+    "function, and there is no recorded forward: give example_input.",
+    "the name of an operator": f"{FIRST}: op_names 'pair.add_7' matches no module. Close: 'pair'. {ONLY_SEEN}",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_shows_with_the_modules_where_no_forward_can_be_seen(name: str) -> None:
+    config, text = MODULES[name]
+    expected = WITHOUT_A_FORWARD.get(name, text.replace(HAS, MODULES_ALONE))
+    assert refusal(watched(Branching), config) == expected
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -680,10 +728,9 @@ def test_nothing_is_left_of_the_targets() -> None:
 
 
 def test_groups_need_a_forward() -> None:
-    assert refusal(watched(), names("conv1", fuse_names=[("conv1", "bn1")])) == (
-        "fuse_names: nothing is fused unseen, and there is no recorded forward (no example_input was given); give example_input, "
-        "what the model is called with, so that one forward can show that each member reads the one before it and nothing else "
-        "does."
+    assert refusal(watched(Branching), names("conv1", fuse_names=[("conv1", "bn1")])) == (
+        f"fuse_names: nothing is fused unseen, and there is no recorded forward ({UNSEEN}); give example_input, what the model "
+        "is called with, so that one forward can show that each member reads the one before it and nothing else does."
     )
 
 
@@ -749,7 +796,7 @@ def test_all_problems_of_the_words_are_reported_together(example: Any) -> None:
         "config_list[3]['target_settings']['weight']['quant_dtype']: 'int1' has one bit, which only the binary method can train, "
         f"and this release has no such method; {TYPES}",
         "config_list[3]['target_settings']['bias']: expected a dict of settings, got 0.",
-        "config_list[3]['fuse_names'][0]: a group has 2 or 3 names, got 1: ('a',).",
+        "config_list[3]['fuse_names'][0]: a group has 2 to 5 names, got 1: ('a',).",
     )
 
 

@@ -278,17 +278,37 @@ def test_kinds_of_training_data(kind: str, quiet_trainer: TrainerMaker) -> None:
     assert callback.deployed_model is not None
 
 
+class NoStep(Lit):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        raise RuntimeError("no step today")
+
+
 def test_without_any_example_fusing_is_refused_with_the_reason(quiet_trainer: TrainerMaker) -> None:
-    class Odd(Lit):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            raise RuntimeError("no step today")
+    class Odd(NoStep):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)  # no symbol can say
 
     model = Odd()
     with pytest.raises(
-        ConfigError, match=r"no recorded forward \(a trial training step failed: no step today\); give example_input"
+        ConfigError,
+        match=r"no recorded forward \(a trial training step failed: no step today; symbolic tracing failed: .*\); give example",
     ):
         fit(quiet_trainer, model, QuantFusionCallback(FUSED))
     assert not prepared_groups(model)
+
+
+def test_without_any_example_the_forward_is_traced(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    with pytest.raises(RuntimeError, match="no step today"):
+        fit(quiet_trainer, NoStep(), callback)
+    assert callback.plan is not None
+    assert {layer.name: layer.members for layer in callback.plan.layers} == {
+        "conv1": ("bn1", "relu1"),
+        "conv2": ("bn2", "relu2"),
+        "fc": (),
+    }
+    said = "no example input (a trial training step failed: no step today): the forward was traced symbolically"
+    assert said in str(callback.plan)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------------

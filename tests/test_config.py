@@ -15,8 +15,8 @@ from lightning_quant.keys import APPLY_METHODS, GRANULARITIES, METHODS, OBSERVER
 
 TARGET_KEYS = "apply_method, granularity, method, observer, quant_dtype, quant_scheme"  # sorted, as all keys in errors
 KEYS = (
-    "apply_method, exclude_op_names, exclude_op_names_re, exclude_op_types, fuse_names, granularity, method, observer, op_names, "
-    "op_names_re, op_types, quant_dtype, quant_scheme, target_names, target_settings"
+    "apply_method, exclude_op_names, exclude_op_names_re, exclude_op_types, fuse_names, granularity, high_precision_output, "
+    "method, observer, op_names, op_names_re, op_types, quant_dtype, quant_scheme, target_names, target_settings"
 )
 SELECTION_KEYS = ["op_names", "op_types", "exclude_op_names", "exclude_op_types", "target_names"]
 
@@ -51,6 +51,7 @@ def test_a_full_entry_becomes_a_rule_field_by_field() -> None:
         "method": "qat",
         "target_settings": {"weight": {"quant_scheme": "symmetric", "granularity": "per_tensor"}},
         "fuse_names": [("conv1", "bn1"), ["conv2", "bn2", "relu2"]],
+        "high_precision_output": False,
     }
     assert parse_rules([entry]) == (
         Rule(
@@ -72,6 +73,7 @@ def test_a_full_entry_becomes_a_rule_field_by_field() -> None:
             },
             target_settings={"weight": {"quant_scheme": "symmetric", "granularity": "per_tensor"}},
             fuse=(("conv1", "bn1"), ("conv2", "bn2", "relu2")),
+            float_output=False,
             preset=False,
         ),
     )
@@ -192,6 +194,23 @@ def test_a_rule_does_not_follow_later_changes_of_the_users_dict() -> None:
     assert got.target_settings["weight"]["quant_dtype"] == "int8"
     assert got.op_names == ("a",)
     assert got.fuse == (("a", "b"),)
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_high_precision_output_is_a_switch_with_three_places(value: bool | None) -> None:
+    assert rule(high_precision_output=value).float_output is value
+    assert rule().float_output is None
+
+
+@pytest.mark.parametrize("value", ["true", "yes", 1, 0, 1.0, [True], {"_output_": True}], ids=repr)
+def test_high_precision_output_is_nothing_else(value: Any) -> None:
+    text = f"config_list[0]['high_precision_output']: expected true, false or nothing, got {value!r}."
+    assert error_of([{"op_types": ["Linear"], "high_precision_output": value}]) == text
+
+
+@pytest.mark.parametrize("names", [2, 3, 4, 5])
+def test_a_group_has_two_to_five_names(names: int) -> None:
+    assert rule(fuse_names=[list("abcdef"[:names])]).fuse == (tuple("abcdef"[:names]),)
 
 
 def test_a_rule_and_a_spec_are_frozen() -> None:
@@ -331,9 +350,9 @@ GROUPS = "expected a list of groups such as [('conv1', 'bn1')] or 'auto', got"
         ("fuse_names", ["conv1"], "[0]", "expected a tuple or list of module names, got 'conv1'."),
         ("fuse_names", [3], "[0]", "expected a tuple or list of module names, got 3."),
         ("fuse_names", [("a", "b"), ("a", 3)], "[1]", "expected a tuple or list of module names, got ('a', 3)."),
-        ("fuse_names", [("a",)], "[0]", "a group has 2 or 3 names, got 1: ('a',)."),
-        ("fuse_names", [["a", "b", "c", "d"]], "[0]", "a group has 2 or 3 names, got 4: ('a', 'b', 'c', 'd')."),
-        ("fuse_names", [()], "[0]", "a group has 2 or 3 names, got 0: ()."),
+        ("fuse_names", [("a",)], "[0]", "a group has 2 to 5 names, got 1: ('a',)."),
+        ("fuse_names", [list("abcdef")], "[0]", "a group has 2 to 5 names, got 6: ('a', 'b', 'c', 'd', 'e', 'f')."),
+        ("fuse_names", [()], "[0]", "a group has 2 to 5 names, got 0: ()."),
         ("fuse_names", [("a", "a")], "[0]", "a name stands twice in ('a', 'a'); a module can be fused once."),
         ("target_settings", ["weight"], "", "expected a dict from target to settings, got ['weight']."),
         ("target_settings", None, "", "expected a dict from target to settings, got None."),

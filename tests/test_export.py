@@ -33,7 +33,7 @@ def run_onnx(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-WHOLLY_INTEGER = ["default", "int8", "uint8", "affine", "symmetric", "int8 symmetric", "per_tensor", "per_tensor affine"]
+WHOLLY_INTEGER = ["default", "found", "int8", "uint8", "affine", "symmetric", "int8 symmetric", "per_tensor", "per_tensor affine"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

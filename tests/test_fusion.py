@@ -15,8 +15,10 @@ from toys import FUSED, Net
 
 from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
 from lightning_quant.config import TensorSpec
-from lightning_quant.fusion import FusedGroup, fold, pattern_problem
+from lightning_quant.folding import Layer, fold
+from lightning_quant.fusion import FusedGroup
 from lightning_quant.integer import Geometry
+from lightning_quant.patterns import pattern_problem
 from lightning_quant.prepare import apply_phase, prepared_groups, simulated
 from lightning_quant.schedule import Phase
 
@@ -187,7 +189,7 @@ def test_fold_equals_the_quantized_layer_then_batch_norm(name: str, kind: tuple[
     layer, norm, shape = copy.deepcopy(LAYERS[name])
     layer, norm = layer.double().eval(), randomised(norm).double().eval()
     spec = TensorSpec.make(*kind, granularity, weight=True)
-    folded = fold(layer, norm, spec)
+    folded = fold(Layer(head=layer, norm=norm, weight=spec))
     x = torch.randn(shape, dtype=torch.float64)
     column = [-1, *[1] * (folded.q.dim() - 1)]
     zero = 0 if folded.zero_point is None else folded.zero_point.double().view(column)
@@ -211,7 +213,7 @@ def test_per_channel_fold_is_lossless(name: str, scheme: Any) -> None:
     """fq(w k) = k fq(w): batch norm on the layer with the rounded weight is the folded integer layer (float64)."""
     layer, norm, shape = copy.deepcopy(LAYERS[name])
     layer, norm = layer.double().eval(), randomised(norm).double().eval()
-    folded = fold(layer, norm, TensorSpec.make("int8", scheme, "out_channel", weight=True))
+    folded = fold(Layer(head=layer, norm=norm, weight=TensorSpec.make("int8", scheme, "out_channel", weight=True)))
     w = layer.get_parameter("weight").detach()
     flat = w.flatten(1)
     if scheme == "symmetric":  # written out again, from the equation
@@ -236,7 +238,7 @@ def test_per_channel_fold_is_lossless(name: str, scheme: Any) -> None:
 def test_a_dead_channel_is_its_beta() -> None:
     layer, norm, _ = copy.deepcopy(LAYERS["conv2d"])
     randomised(norm)
-    folded = fold(layer, norm.eval(), TensorSpec.make("int8", "symmetric", "out_channel", weight=True))
+    folded = fold(Layer(head=layer, norm=norm.eval(), weight=TensorSpec.make("int8", "symmetric", "out_channel", weight=True)))
     assert not folded.q[0].any()
     assert folded.bias[0].item() == pytest.approx(norm.bias[0].item())  # type: ignore[index]
 
@@ -386,7 +388,7 @@ def test_copies_are_independent_and_equal(copier: Any) -> None:
     high = group.output.high
     other.train()(x * 100)
     assert group.output.high == high
-    assert twin.batch_norm is other.bn1
+    assert twin.norm is other.bn1
 
 
 def test_autocast_keeps_ranges_and_grids_in_float32() -> None:
@@ -507,14 +509,22 @@ FITS: list[list[nn.Module]] = [
     [nn.Conv2d(1, 2, 1), nn.ReLU6()],
     [nn.Linear(1, 2), nn.BatchNorm1d(2), nn.ReLU()],
     [nn.Linear(1, 2), nn.ReLU()],
+    [nn.Conv2d(1, 2, 1), nn.GELU()],
+    [nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.PReLU()],
+    [nn.BatchNorm2d(2), nn.ReLU()],
+    [nn.BatchNorm2d(1), nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Hardtanh()],
+    [nn.ConvTranspose2d(1, 2, 1), nn.BatchNorm2d(2)],
 ]
 MISFITS: list[list[nn.Module]] = [
     [nn.Conv2d(1, 2, 1), nn.BatchNorm1d(2)],
     [nn.Conv2d(1, 2, 1), nn.ReLU(), nn.BatchNorm2d(2)],
-    [nn.Conv2d(1, 2, 1), nn.GELU()],
-    [nn.BatchNorm2d(2), nn.ReLU()],
+    [nn.Conv2d(1, 2, 1), nn.Mish()],
+    [nn.BatchNorm2d(2), nn.GELU()],
+    [nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)],
+    [nn.BatchNorm2d(2), nn.BatchNorm2d(2)],
     [nn.Conv2d(1, 2, 1), nn.ReLU(), nn.ReLU()],
-    [nn.ConvTranspose2d(1, 2, 1), nn.BatchNorm2d(2)],
+    [nn.ConvTranspose2d(1, 2, 1), nn.BatchNorm1d(2)],
+    [nn.ReLU()],
 ]
 
 

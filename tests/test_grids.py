@@ -408,7 +408,7 @@ def test_an_observer_is_for_activations() -> None:
     ):
         with pytest.raises(ConfigError, match=r"\['observer'\]: observers are for activations"):
             make_plan(Stack("linear"), [config])
-    plan = make_plan(Stack("linear"), [{"op_names": ["a"], "observer": "minmax"}])
+    plan = make_plan(Stack("linear"), [{"op_names": ["a"], "observer": "minmax", "high_precision_output": False}])
     assert {name: one.spec.observer for name, one in plan.layers[0].targets.items()} == {
         "_input_": "minmax",
         "weight": "default",

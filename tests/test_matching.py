@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from toys import Net, fingerprint
 
 from lightning_quant.config import ConfigError
-from lightning_quant.plan import LayerPlan, Plan, make_plan
+from lightning_quant.layers import LayerPlan, Plan
+from lightning_quant.plan import make_plan
 from lightning_quant.settings import QuantizationSetting
 
 pytestmark = pytest.mark.usefixtures("own_registries")
@@ -32,6 +33,13 @@ class Pair(nn.Module):
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         out: Tensor = self.second(self.first(left @ self.p1)) + right
         return out
+
+
+class Branching(Net):
+    """Asks what a number is, which no symbolic trace can answer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
 
 
 class Twice(nn.Module):
@@ -99,7 +107,7 @@ def error_of(model: nn.Module, config_list: Any, example: Any = None) -> str:
 def test_names_or_regexes_and_types_minus_excludes(entry: dict[str, Any], names: list[str]) -> None:
     """nni.md 1.1; ReLU6 is a Hardtanh to torch, but none is here."""
     model = Net() if "Hardtanh" not in entry.get("op_types", ()) else Net(nn.ReLU6)
-    found = list(planned(entry, model=model))
+    found = list(planned({**entry, "fuse_names": []}, model=model))
     assert [name for name in found if not name.startswith("relu")] == names
     assert ("relu1" in found) == ("Hardtanh" in entry.get("op_types", ()))
 
@@ -130,7 +138,7 @@ def test_a_preset_takes_what_the_model_has() -> None:
 
 def test_a_pattern_leaves_what_cannot_be_quantized_and_says_so() -> None:
     plan = make_plan(Twice(), [{"op_names_re": ["pair"]}], example_input=ROW)
-    assert list(layers_of(plan)) == ["pair.first"]
+    assert list(layers_of(plan)) == ["pair.first", "pair.matmul", "pair.add"]
     assert plan.notes == ("config_list[0]: left as they are, without a setting: pair (Pair)",)
 
 
@@ -396,15 +404,21 @@ def members(*entries: Any, **options: Any) -> dict[str, tuple[str, ...]]:
 def test_groups_are_found_for_every_layer_of_the_entry() -> None:
     assert members(AUTO) == members("int8") == BLOCKS
     assert members(AUTO, model=Net(nn.ReLU6)) == BLOCKS
-    assert members(AUTO, model=Net(nn.Sigmoid)) == {"conv1": ("bn1",), "conv2": ("bn2",), "fc": ()}
-    assert members({**AUTO, "exclude_op_names": ["conv2"]}, {"op_names": ["conv2"]}) == {**BLOCKS, "conv2": ()}
+    assert members(AUTO, model=Net(nn.Sigmoid)) == BLOCKS
+    assert members(AUTO, model=Net(nn.ELU)) == {"conv1": ("bn1",), "conv2": ("bn2",), "fc": ()}
+    conv1_and_fc = {**AUTO, "exclude_op_names": ["conv2"]}
+    assert members(conv1_and_fc, {"op_names": ["conv2"]}) == BLOCKS
+    assert members(conv1_and_fc, {"op_names": ["conv2"], "fuse_names": []}) == {**BLOCKS, "conv2": ()}
 
 
-@pytest.mark.parametrize(
-    "first", [AUTO, "int8", {**AUTO, "fuse_names": [("conv1", "bn1", "relu1"), ("conv2", "bn2", "relu2")]}], ids=str
-)
+NAMED: dict[str, Any] = {**AUTO, "fuse_names": [("conv1", "bn1", "relu1"), ("conv2", "bn2", "relu2")]}
+
+
+@pytest.mark.parametrize("first", [AUTO, "int8", NAMED], ids=str)
 def test_an_empty_list_takes_groups_back(first: Any) -> None:
-    assert members(first, {"op_names": ["conv1"], "fuse_names": []}) == {**BLOCKS, "conv1": ()}
+    """The preset selects the batch norm, too: alone, it fuses with the activation behind it."""
+    alone = {"bn1": ("relu1",)} if first == "int8" else {}
+    assert members(first, {"op_names": ["conv1"], "fuse_names": []}) == {**BLOCKS, "conv1": (), **alone}
 
 
 def test_a_module_that_was_taken_back_may_be_fused_anew() -> None:
@@ -441,11 +455,13 @@ def test_what_ends_a_group_too_early_is_said() -> None:
     assert named.notes == ("not fused further: 'relu1' is quantized or fused elsewhere",)
 
 
-def test_groups_are_not_found_without_a_forward() -> None:
-    assert members(AUTO, example=None) == dict.fromkeys(BLOCKS, ())
-    (note,) = make_plan(Net(), [AUTO]).notes
+def test_groups_are_not_found_where_no_forward_can_be_seen() -> None:
+    assert members(AUTO, example=None) == BLOCKS
+    assert members(AUTO, example=None, model=Branching()) == dict.fromkeys(BLOCKS, ())
+    (note,) = make_plan(Branching(), [AUTO]).notes
     assert note == (
-        "no recorded forward (no example_input was given): every input has its own quantizer and every output is quantized, "
+        "no recorded forward (no example_input was given, and symbolic tracing failed: symbolically traced variables cannot be "
+        "used as inputs to control flow): every input has its own quantizer and every output is quantized, "
         "nothing is fused; give example_input to share them"
     )
 
@@ -475,7 +491,7 @@ PART: dict[str, Any] = {"op_names": ["0"], "target_settings": {"0.weight": {"qua
 def test_a_parameter_is_rounded_in_one_place(example: Any) -> None:
     """What a module has as a target of its own, the modules inside it have not, whoever swept them up."""
     got = layers_of(make_plan(blocks(), ["int8", PART], example_input=example))
-    assert list(got) == ["0", "1"]
+    assert list(got) == ["0", "0.1", "1"]
     assert specs(got["0"]) == {"0.weight": "int4 symmetric out_channel"}
     assert "0.0 is a part of it and has no targets of its own" in got["0"].notes
 
@@ -507,5 +523,6 @@ def test_the_projection_of_an_attention_layer_is_a_part_of_it(example: Any) -> N
     """It is a Linear, too, but attention reads its weight past its call: a layer of its own would never be observed."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0))
     got = layers_of(make_plan(model, "int8", example_input=example))
-    assert list(got) == ["0.self_attn", "0.linear1", "0.linear2"]
+    additions = [] if example is None else ["0.add", "0.add_1"]  # its forward branches, which no trace can follow
+    assert list(got) == ["0.self_attn", "0.linear1", "0.linear2", *additions]
     assert "out_proj.weight" in got["0.self_attn"].targets

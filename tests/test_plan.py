@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 from toys import fingerprint
 
 from lightning_quant.config import ConfigError
-from lightning_quant.plan import LayerPlan, Plan, make_plan
+from lightning_quant.layers import LayerPlan, Plan
+from lightning_quant.plan import make_plan
 from lightning_quant.prepare import prepare_model
 
 
@@ -41,6 +42,19 @@ class Net(nn.Module):
         x = self.relu2(self.bn2(self.conv2(x)))
         out: Tensor = self.fc2(self.fc1(self.drop(x.flatten(1))))
         return out
+
+
+class Branching(Net):
+    """Asks what a number is, which no symbolic trace can answer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+UNSEEN = (
+    "no recorded forward (no example_input was given, and symbolic tracing failed: symbolically traced variables cannot be used "
+    "as inputs to control flow)"
+)
 
 
 class Calls(nn.Module):
@@ -398,8 +412,10 @@ def test_all_problems_are_reported_together() -> None:
 # -- fuse groups: what the modules forbid -----------------------------------------------------------------------------------
 
 PATTERN = (
-    "is no pattern that fuses; a group is Conv1d/Conv2d/Conv3d/Linear, then optionally the batch norm of the same "
-    "dimensions, then optionally ReLU/ReLU6."
+    "is no pattern that fuses; a group is Conv1d/Conv2d/Conv3d/ConvTranspose1d/ConvTranspose2d/ConvTranspose3d/Linear, then "
+    "optionally the batch norm of the same dimensions, then optionally ReLU/ReLU6/Hardtanh/LeakyReLU/PReLU/SiLU/Hardswish/GELU/"
+    "Sigmoid/Tanh/Hardsigmoid, as modules or functions; a batch norm may stand before a layer that does not pad; or batch norm "
+    "or add, then ReLU/ReLU6/Hardtanh. `register_fusion` adds patterns."
 )
 
 
@@ -409,7 +425,10 @@ PATTERN = (
         (("conv1", "bn9"), "'bn9' is no module. Close: 'bn2', 'bn1'."),
         (("conv1", "zzzzz"), "'zzzzz' is no module."),
         (("zzzzz", "bn1"), "'zzzzz' is no module."),
-        (("bn1", "relu1"), f"(BatchNorm2d, ReLU) {PATTERN}"),
+        (("bn1", "relu1"), "'bn1' heads the group, but this entry does not select it; add it to op_names."),
+        (("relu1", "bn1"), f"(ReLU, BatchNorm2d) {PATTERN}"),
+        (("bn1", "conv2"), "'bn1' stands before 'conv2', which pads: what is padded is not normalised, so it cannot be folded."),
+        (("bn1", "fc1"), "'bn1' has 4 features, 'fc1' takes 64."),
         (("conv1", "relu1", "bn1"), f"(Conv2d, ReLU, BatchNorm2d) {PATTERN}"),
         (("conv1", "pool"), f"(Conv2d, MaxPool2d) {PATTERN}"),
         (("conv1", "bn1", "bn2"), f"(Conv2d, BatchNorm2d, BatchNorm2d) {PATTERN}"),
@@ -532,7 +551,7 @@ FLOWS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[str, ...], str]] = {
         "'relu' does not read the output of 'fc' (that is read by 'bn').",
     ),
     "not adjacent to a function": (
-        lambda m, x: m.bn(F.relu(m.fc(x))), ("fc", "bn"), "'bn' does not read the output of 'fc' (that is read by 'relu').",
+        lambda m, x: m.bn(F.relu(m.fc(x))), ("fc", "bn"), "'bn' does not read the output of 'fc' (that is read by 'relu_1').",
     ),
     "read by nothing": (
         lambda m, x: m.bn(x) + 0 * len(m.fc(x)), ("fc", "bn"),
@@ -753,16 +772,25 @@ def test_an_input_that_arrives_rounded_needs_no_quantizer(between: Callable[[Any
 @pytest.mark.parametrize(
     "between",
     [
-        lambda m, y: F.relu(y),
-        lambda m, y: m.relu(y),
+        lambda m, y: F.softmax(y, 1),
+        lambda m, y: m.soft(y),
         lambda m, y: y + 1,
         lambda m, y: F.avg_pool1d(y, 1),
         lambda m, y: torch.cat([y, y], 1)[:, :4],
     ],
-    ids=["F.relu", "relu", "add", "average", "cat"],
+    ids=["F.softmax", "Softmax", "add", "average", "cat"],
 )
 def test_new_values_need_their_own_quantizer(between: Callable[[Any, Tensor], Tensor]) -> None:
-    assert sources(lambda m, x: m.b(between(m, m.a(x))), **two(relu=nn.ReLU())) == {"a": None, "b": None}
+    assert sources(lambda m, x: m.b(between(m, m.a(x))), **two(soft=nn.Softmax(1))) == {"a": None, "b": None}
+
+
+@pytest.mark.parametrize("between", [lambda m, y: F.relu(y), lambda m, y: m.relu(y)], ids=["F.relu", "relu"])
+def test_new_values_need_no_quantizer_where_they_are_fused(between: Callable[[Any, Tensor], Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        return m.b(between(m, m.a(x)))
+
+    assert sources(forward, **two(relu=nn.ReLU())) == {"a": None, "b": "a._output_"}
+    assert sources(forward, {**LINEAR, "fuse_names": []}, **two(relu=nn.ReLU())) == {"a": None, "b": None}
 
 
 def test_the_output_of_a_group_is_that_of_its_end() -> None:
@@ -827,24 +855,31 @@ def test_nothing_left_to_quantize_is_an_error() -> None:
     assert error_of(Net(), [{"op_names": ["unused"]}], IMAGE) == text
 
 
-def test_without_an_example_every_input_has_its_own_quantizer() -> None:
-    plan = make_plan(Net(), [{"op_types": ["Conv2d", "Linear"]}])
+def test_without_an_example_the_forward_is_traced() -> None:
+    """The same layers, groups and shared quantizers as those of a recorded forward."""
+    entry = {"op_types": ["Conv2d", "Linear"]}
+    traced, recorded = make_plan(Net(), [entry]), make_plan(Net(), [entry], example_input=IMAGE)
+    assert layers_of(traced)["conv1"].members == ("bn1", "relu1")
+    assert traced.layers == recorded.layers
+    assert traced.notes == ("no example input: the forward was traced symbolically, so shapes are unknown", *recorded.notes)
+
+
+def test_where_no_forward_can_be_seen_every_input_has_its_own_quantizer() -> None:
+    plan = make_plan(Branching(), [{"op_types": ["Conv2d", "Linear"], "fuse_names": []}])
     assert list(layers_of(plan)) == ["conv1", "conv2", "fc1", "fc2", "unused"]
     for layer in plan.layers:
         assert list(layer.targets) == ["_input_", "weight", "_output_"]
         assert layer.targets["_input_"].source is None
     (note,) = plan.notes
-    why = "no recorded forward (no example_input was given)"
-    assert note == f"{why}: every input has its own quantizer and every output is quantized; give example_input to share them"
+    assert note == f"{UNSEEN}: every input has its own quantizer and every output is quantized; give example_input to share them"
 
 
 def test_nothing_is_fused_unseen() -> None:
     text = (
-        "fuse_names: nothing is fused unseen, and there is no recorded forward (no example_input was given); give "
-        "example_input, what the model is called with, so that one forward can show that each member reads the one "
-        "before it and nothing else does."
+        f"fuse_names: nothing is fused unseen, and there is {UNSEEN}; give example_input, what the model is called with, so that "
+        "one forward can show that each member reads the one before it and nothing else does."
     )
-    assert error_of(Net(), [{"op_types": ["Conv2d"], "fuse_names": [BLOCKS[0]]}]) == text
+    assert error_of(Branching(), [{"op_types": ["Conv2d"], "fuse_names": [BLOCKS[0]]}]) == text
 
 
 def test_a_forward_that_fails_says_what_the_example_should_be() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_quant import ConfigError, convert_model, export_model, load_deployed, make_plan, prepare_model, restore_model
 from lightning_quant.export import onnxruntime_session
-from lightning_quant.plan import Plan
+from lightning_quant.layers import Plan
 
 PRESETS = ["int8", "int8-weight-only", "w4a8"]
 
@@ -102,7 +102,8 @@ def test_the_plan_of_a_preset_for_images(preset: str) -> None:
 def test_the_plan_of_a_preset_for_words(preset: str) -> None:
     weight = "int4 out_channel" if preset == "w4a8" else "int8 out_channel"
     found = table(make_plan(Words(), preset, example_input=indices()))
-    assert list(found) == ["table", "encoder.self_attn", "encoder.linear1", "encoder.linear2", "lstm", "head"]
+    adds = [] if preset == "int8-weight-only" else ["encoder.add", "encoder.add_1"]
+    assert list(found) == ["table", "encoder.self_attn", "encoder.linear1", "encoder.linear2", *adds, "lstm", "head"]
     assert found["table"] == ((), {"weight": weight})
     assert found["lstm"] == ((), {"weight_ih_l0": weight, "weight_hh_l0": weight})
     attention = {"in_proj_weight": weight, "out_proj.weight": weight}
@@ -138,7 +139,8 @@ def test_a_preset_with_its_groups_taken_back_still_learns_and_deploys() -> None:
     net, x = Images(), images()
     prepare_model(net, make_plan(net, ["int8", {"op_names": ["conv"], "fuse_names": []}], example_input=x)).train()(x)
     deployed = convert_model(net)
-    assert isinstance(deployed.get_submodule("bn"), nn.BatchNorm2d)
+    assert deployed.get_submodule("bn").geometry.kind == "scale"  # type: ignore[union-attr]
+    assert isinstance(deployed.get_submodule("relu"), nn.Identity), "of the batch norm, a layer of its own now"
     assert isinstance(deployed.get_submodule("relu6"), nn.Identity)
     assert torch.equal(evaluated(deployed, x), evaluated(net, x))
 

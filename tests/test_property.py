@@ -14,7 +14,8 @@ from toys import fingerprint
 
 from lightning_quant.config import PRESETS, ConfigError
 from lightning_quant.keys import APPLY_METHODS, ENTRY, GRANULARITIES, METHODS, OBSERVERS, SCHEMES
-from lightning_quant.plan import Plan, make_plan
+from lightning_quant.layers import Plan
+from lightning_quant.plan import make_plan
 from lightning_quant.prepare import prepare_model, prepared_groups, restore_model
 
 
@@ -79,17 +80,34 @@ TARGETS: dict[str, list[str]] = {
     "act": [*ACTIVATIONS],
     "alias": [*ACTIVATIONS],
     "fc": [*ACTIVATIONS, "weight", "bias"],
+    "mean": [*ACTIVATIONS, "_input_1"],
+    "add": [*ACTIVATIONS, "_input_1", "_input_2"],
+    "mix.matmul": [*ACTIVATIONS, "_input_1"],
 }
-BARE = ["conv", "bn", "relu", "embed", "lstm", "seq.0", "seq.1", "act", "alias", "fc"]  # types with a setting
-KNOWN_TYPES = ["Conv2d", "Linear", "BatchNorm2d", "ReLU", "ReLU6", "Hardtanh", "Embedding", "LSTM", "Sigmoid", "torch.nn.Conv2d"]
-WRONG_TYPES = ["Conv3d", "conv2d", "Mix", "Sequential", "Module", "RNNBase", "Small", "add", "torch.", ""]
+# Of types with a setting; the last three are operators.
+BARE = ["conv", "bn", "relu", "embed", "lstm", "seq.0", "seq.1", "act", "alias", "fc", "mean", "add", "mix.matmul"]
+KNOWN_TYPES = [
+    "Conv2d",
+    "Linear",
+    "BatchNorm2d",
+    "ReLU",
+    "ReLU6",
+    "Hardtanh",
+    "Embedding",
+    "LSTM",
+    "Sigmoid",
+    "torch.nn.Conv2d",
+    "add",
+]
+KNOWN_TYPES += ["mean", "matmul"]
+WRONG_TYPES = ["Conv3d", "conv2d", "Mix", "Sequential", "Module", "RNNBase", "Small", "cat", "torch.", ""]
 PATTERNS = ["", ".*", "conv|fc", "seq.*", "a", ".*x$", "(?i)CONV", "[a-f]+$"]
 WRONG_PATTERNS = ["zzz", "(", "*", r"\d", "(?a)(?u)c"]
-WRONG_NAMES = ["", "conv9", "seq.", "fc.weight", "c.*", "ALIAS"]
+WRONG_NAMES = ["", "conv9", "seq.", "fc.weight", "c.*", "ALIAS", "add_1", "getitem"]
 WRONG_TARGETS = ["_output_1", "_output_x", "_input_2", "_input_x", "1", "wieght", "", "running_mean"]
 GROUPS: dict[str, list[Any]] = {
     "conv": [("conv", "bn", "relu"), ["conv", "bn"], ("conv", "relu"), ("conv", "bn", "seq.1")],
-    "seq.0": [("seq.0", "seq.1"), ["seq.0", "relu"]],
+    "seq.0": [("seq.0", "seq.1"), ["seq.0", "relu"], ("seq.0", "seq.1", "add", "relu"), ("seq.0", "add")],
     "fc": [("fc", "act")],
 }
 SIZES = st.lists(st.sampled_from([-1, -1, -1, 1, 1, 2, 4, 3]), min_size=1, max_size=4)
@@ -155,6 +173,8 @@ def sensible(draw: st.DrawFn) -> dict[str, Any]:
             found["fuse_names"] = draw(st.sampled_from(["auto", "auto", [], [("conv", "bn", "relu")]]))
         if key != "op_names" and draw(st.booleans()):
             found["exclude_op_names"] = draw(some(*BARE))
+    if draw(st.integers(1, 4)) == 4:
+        found["high_precision_output"] = draw(st.sampled_from([True, False, None]))
     return found
 
 
@@ -170,6 +190,7 @@ def wild(draw: st.DrawFn) -> dict[str, Any]:
         "fuse_names": st.lists(
             st.sampled_from([group for groups in GROUPS.values() for group in groups]) | some(*BARE, *WRONG_NAMES), max_size=2
         ),
+        "high_precision_output": st.sampled_from([True, False, None]),
     }
     assert {*strategies, *VALUES} == {*ENTRY}
     found = {key: draw(rarely(JUNK, strategies[key])) for key in draw(st.lists(st.sampled_from(list(strategies)), max_size=4))}

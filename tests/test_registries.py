@@ -197,16 +197,16 @@ def test_temporary_is_gone_after_an_exception(registry: Registry) -> None:
 
 def test_temporary_in_place_of_a_built_in_one() -> None:
     before = QuantizationSetting.get("Linear")
-    net = nn.Sequential(nn.Linear(4, 4))
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with QuantizationSetting.temporary("Linear", {"weight": {"quant_dtype": "int3"}}):
-        (layer,) = make_plan(net, [{"op_types": ["Linear"]}]).layers
+        (layer, _) = make_plan(net, [{"op_types": ["Linear"]}]).layers
         assert {name: str(one.spec) for name, one in layer.targets.items()} == {"weight": "int3 symmetric out_channel"}
         with QuantizationSetting.temporary(nn.Linear, {"weight": {}, "bias": {}}):
             assert list(QuantizationSetting.get("Linear")) == ["weight", "bias"]
         assert list(QuantizationSetting.get("Linear")) == ["weight"]
     assert QuantizationSetting.get("Linear") == before
     assert QuantizationSetting._types["Linear"] is nn.Linear
-    (layer,) = make_plan(net, [{"op_types": ["Linear"]}]).layers
+    (layer, _) = make_plan(net, [{"op_types": ["Linear"]}]).layers
     assert list(layer.targets) == ["_input_", "weight", "_output_"]
 
 
@@ -383,10 +383,11 @@ def table() -> list[Any]:
 @pytest.mark.parametrize("name", ["Linear", "torch.nn.modules.linear.Linear"])
 def test_local_settings_of_a_plan_come_first(name: str) -> None:
     before = table()
-    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     local = {name: {"weight": {"quant_dtype": "int3"}}}
-    plan = make_plan(net, [{"op_types": ["Linear", "ReLU"]}], settings=local)
-    assert {layer.name: list(layer.targets) for layer in plan.layers} == {"0": ["weight"], "1": ["_input_", "_output_"]}
+    plan = make_plan(net, [{"op_types": ["Linear", "ReLU"], "fuse_names": []}], settings=local)
+    targets = {layer.name: list(layer.targets) for layer in plan.layers}
+    assert targets == {"0": ["weight"], "1": ["_input_", "_output_"], "2": ["weight"]}
     assert plan.layers[0].targets["weight"].spec.dtype == "int3"
     assert table() == before
     assert list(make_plan(net, [{"op_types": ["Linear"]}]).layers[0].targets) == ["_input_", "weight", "_output_"]
@@ -464,7 +465,7 @@ def test_a_built_in_setting_belongs_to_torchs_class(name: str) -> None:
         assert keys["quant_dtype"] == ("uint8" if activation else "int8")
         assert keys["quant_scheme"] == ("affine" if activation else "symmetric")
         assert keys["apply_method"] == "qat_clamp_round"
-        assert keys["granularity"] == ("in_channel" if target == "weight" and "Transpose" in name else "default")
+        assert keys["granularity"] == "default"
 
 
 @pytest.mark.parametrize("registry", [QuantizationSetting, PruningSetting], ids=lambda r: r.__name__)

@@ -234,12 +234,17 @@ class Checkpointed(nn.Module):
         return y
 
 
-def test_gradient_checkpointing_changes_neither_ranges_nor_gradients() -> None:
+@pytest.mark.parametrize("fuse", [{"fuse_names": []}, {}], ids=["off", "auto"])
+def test_gradient_checkpointing_changes_neither_ranges_nor_gradients(fuse: dict[str, Any]) -> None:
+    """The ReLU is no module of the model: in a checkpoint nothing can catch its second run, so it is not fused there."""
     found = []
     for use in (False, True):
         torch.manual_seed(0)
         model = Checkpointed(use)
-        prepare_model(model, make_plan(model, LINEAR, example_input=torch.randn(9, 4))).train()
+        config = [{**LINEAR[0], **(fuse if use else {"fuse_names": []})}]
+        plan = make_plan(model, config, example_input=torch.randn(9, 4))
+        assert plan.left == {"relu": "in a checkpoint, whose second run cannot be caught" if use else "not selected"}
+        prepare_model(model, plan).train()
         for _ in range(3):
             model(torch.randn(9, 4)).square().sum().backward()
         found.append((quantizer_state(model), [parameter.grad for parameter in model.parameters()]))

@@ -54,6 +54,8 @@ ENTRIES: list[dict[str, Any]] = [
     {"op_names_re": ["a.*"], "exclude_op_names": ["ab"], "granularity": [1, -1], "fuse_names": [["a", "b"]]},
     {"op_types": ["Linear"], "granularity": [[1], "back", -1], "apply_method": "clamp_round", "observer": "minmax"},
     {"op_types": ["Linear"], "target_settings": {"weight": {"quant_dtype": "uint16", "method": "qat"}}, "fuse_names": "auto"},
+    {"op_types": ["add"], "op_names": ["layer1.0.add"], "fuse_names": [["a", "b", "c", "d", "e"]], "high_precision_output": True},
+    *({"op_types": ["Linear"], "fuse_names": [], "high_precision_output": value} for value in (False, None)),
 ]
 
 
@@ -83,8 +85,10 @@ def test_what_the_parser_takes_the_schema_takes(config_list: Any) -> None:
         ),
         *(
             {"op_types": ["Linear"], "fuse_names": value}
-            for value in ("all", ["a", "b"], [["a"]], [["a", "b", "c", "d"]], [["a", "a"]])
+            for value in ("all", ["a", "b"], [["a"]], [["a", "b", "c", "d", "e", "f"]], [["a", "a"]])
         ),
+        *({"op_types": ["Linear"], "high_precision_output": value} for value in ("true", 1, [True])),
+        {"op_types": ["Linear"], "target_settings": {"weight": {"high_precision_output": True}}},
     ],
     ids=str,
 )

@@ -168,14 +168,14 @@ def test_the_bare_defaults_of_weighted_types(base: type[nn.Module]) -> None:
     assert list(setting) == ["_input_", "weight", "_output_"]
 
 
-TRANSPOSED = {"_input_": ACTIVATION, "weight": {**PARAMETER, "granularity": "in_channel"}, "_output_": ACTIVATION}
+OF_A_LAYER = {"_input_": ACTIVATION, "weight": PARAMETER, "_output_": ACTIVATION}
 THROUGH = {"_input_": ACTIVATION, "_output_": ACTIVATION}
 
 
 @pytest.mark.parametrize(
     ("module_type", "setting"),
     [
-        (nn.ConvTranspose2d, TRANSPOSED),
+        (nn.ConvTranspose2d, OF_A_LAYER),
         (nn.Bilinear, {"_input_": ACTIVATION, "_input_1": ACTIVATION, "weight": PARAMETER, "_output_": ACTIVATION}),
         (nn.BatchNorm2d, THROUGH),
         (nn.LayerNorm, THROUGH),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_quant import ConfigError, convert_model, export_model, load_deployed, make_plan, prepare_model, restore_model
 from lightning_quant.export import onnxruntime_session
-from lightning_quant.plan import LayerPlan, Plan
+from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.prepare import prepared_groups, quantizer_state
 from lightning_quant.settings import QuantizationSetting
 from lightning_quant.targets import tensors_in
@@ -142,9 +142,15 @@ def test_every_registered_module_type_is_tested() -> None:
 # -- an independent fake quantization ------------------------------------------------------------------------------------------
 
 
-def numpy_parameter(values: Tensor, granularity: Any, levels: int = 127) -> Tensor:
-    """Symmetric signed integers by the largest magnitude, one scale for each index of the dimension that has scales."""
+def numpy_parameter(values: Tensor, granularity: Any, levels: int = 127, transposed: int = 0) -> Tensor:
+    """Symmetric signed integers by the largest magnitude, one scale for each index of the dimension that has scales.
+
+    `transposed`: the groups of a transposed convolution, whose output channels are along dimension 1 of each group's rows.
+    """
     w = values.detach().numpy()
+    if transposed:
+        parts = [part.transpose(0, 1) for part in values.chunk(transposed)]
+        return torch.cat([numpy_parameter(part, "out_channel", levels).transpose(0, 1) for part in parts])
     kept = {"out_channel": 0, "in_channel": 1}.get(granularity)
     dims = tuple(d for d in range(w.ndim) if d != kept)
     scale = (np.abs(w).max(dims, keepdims=True) / np.float32(levels)).astype(np.float32)
@@ -170,7 +176,8 @@ def numpy_reference(module: nn.Module, layer: LayerPlan, args: tuple[Any, ...], 
     for name, plan in layer.targets.items():
         if not name.startswith("_"):
             owner = twin.get_submodule(name.rpartition(".")[0])
-            rounded = numpy_parameter(twin.get_parameter(name), plan.spec.granularity)
+            groups = module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+            rounded = numpy_parameter(twin.get_parameter(name), plan.spec.granularity, transposed=groups)
             setattr(owner, name.rpartition(".")[2], nn.Parameter(rounded))
     grids: dict[str, NumpyGrid] = {}
     given = list(args)

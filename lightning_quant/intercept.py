@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns operators at run time: what a forward calls as a function is caught where it is called, rounded, fused or skipped.
+
+The module whose forward calls planned operators (their owner) gets a subclass of its own class, of the same name, whose forward
+runs under a `TorchFunctionMode`. An operator is known by its place in the code (sites.py), so that neither a branch that
+only training takes nor an operator of a child is mistaken for it; one that was not recorded stays float, and that is said.
+The user's forward is neither rewritten nor traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from lightning_quant.fusion import Ending
+from lightning_quant.group import Made, drop_bound_forward, is_group_head, made_class, own_class
+from lightning_quant.integer import Rounding
+from lightning_quant.quantizers import ActivationQuantizer, Grid
+from lightning_quant.sites import MADE_HERE, Operator, Place, Site, always, name_of, place, with_tensors
+from lightning_quant.targets import tensors_in, with_outputs
+
+SITES = "_lightning_quant_sites"
+Round = tuple[ActivationQuantizer, bool, bool]  # (quantizer, whether this group moves its range, whether it is to be rounded)
+
+
+class OperatorGroup(Ending):
+    """A planned operator, and the activation behind it that is fused with it.
+
+    Args:
+        name, activation, inner, output: as in `Ending`; without an activation `outputs` rounds.
+        inputs: by the position of the tensor among those that the operator reads.
+        outputs: by output target.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: Mapping[int, Round],
+        outputs: Mapping[str, Round],
+        activation: nn.Module | None = None,
+        output: ActivationQuantizer | None = None,
+    ) -> None:
+        super().__init__(name, activation=activation, inner=None, output=output)
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+
+    @property
+    def quantizers(self) -> list[ActivationQuantizer]:
+        """Of what is read, then of what is made."""
+        end = [] if self.output is None else [self.output]
+        return [*(quantizer for quantizer, *_ in self.inputs.values()), *(q for q, *_ in self.outputs.values()), *end]
+
+    @property
+    def members(self) -> list[nn.Module]:
+        """The activation."""
+        return [] if self.activation is None else [self.activation]
+
+    def tensors(self, head: nn.Module) -> list[Tensor]:  # noqa: ARG002
+        """None but the activation's: an operator has no parameters."""
+        return [tensor for module in self.members for tensor in module.parameters()]
+
+    def _is_watched(self, head: nn.Module) -> bool:  # noqa: ARG002
+        return any(module._forward_pre_hooks for module in self.members)
+
+    def _round(self, quantizer: ActivationQuantizer, owned: bool, applied: bool) -> Callable[[Tensor], Tensor]:
+        def act(x: Tensor) -> Tensor:
+            quantizer.passes += owned
+            if self.observing and owned:
+                quantizer.observe(x)
+            return quantizer(x) if applied and self.phase.quantize and quantizer.ready else x
+
+        return act
+
+    def run(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The operator on rounded tensors, its result rounded unless an activation follows."""
+        tensors = list(tensors_in((args, kwargs)))
+        if self.begin(owner, tensors):
+            layer = self.deployed_now(owner)
+            assert isinstance(layer, RoundedOperator)
+            result = layer.run(func, args, kwargs)
+            return self.hand_on(result, 0, True) if isinstance(result, Tensor) else result
+        acts = {position: self._round(*how) for position, how in self.inputs.items()}
+        done: dict[tuple[int, int], Tensor] = {}
+        for position, act in acts.items():
+            if position < len(tensors) and tensors[position].is_floating_point():
+                self.read(position)
+                key = id(tensors[position]), id(self.inputs[position][0])
+                done[key] = done[key] if key in done else act(tensors[position])
+                tensors[position] = done[key]
+        args, kwargs = with_tensors((args, kwargs), tensors)
+        made = func(*args, **kwargs)
+        made = with_outputs(made, {target: self._round(*how) for target, how in self.outputs.items()})
+        return self.hand_on(made, 0, False) if isinstance(made, Tensor) else made
+
+    def deploy(self, head: nn.Module) -> nn.Module:  # noqa: ARG002
+        """The roundings around the operator."""
+        return RoundedOperator(self)
+
+
+class RoundedOperator(nn.Module):
+    """An operator as it is deployed: rounded tensors in, float arithmetic, rounded tensors out.
+
+    Where it is called in the forward of its owner stays the user's; `run` is called there.
+    """
+
+    def __init__(self, group: OperatorGroup) -> None:
+        super().__init__()
+        self.positions = [position for position, how in group.inputs.items() if how[2]]
+        self.rounds_in = nn.ModuleList(Rounding(group.inputs[position][0].grid()) for position in self.positions)
+        self.targets = [target for target, how in group.outputs.items() if how[2]]
+        grids = [group.outputs[target][0].grid() for target in self.targets]
+        self.rounds_out = nn.ModuleList(Rounding(grid) for grid in grids)
+        self.clamp = group.clamp
+        self.end: Rounding | None = None
+        if group.output is not None:
+            grid = group.output.grid()
+            self.end = Rounding(grid, clip=True)
+            if isinstance(grid, Grid):
+                self.clamp = None  # the ends of the grid do it
+        self.eval()
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Round, call, round."""
+        tensors = list(tensors_in((args, kwargs)))
+        device = next((tensor.device.type for tensor in tensors), "cpu")
+        if torch.is_autocast_enabled(device):  # validation must compute what is shipped, in float32
+            with torch.autocast(device, enabled=False):
+                wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+                args, kwargs = with_tensors((args, kwargs), wide)
+                return self.run(func, args, kwargs)
+        for position, act in zip(self.positions, self.rounds_in, strict=True):
+            if position < len(tensors) and tensors[position].is_floating_point():
+                tensors[position] = _carrying(act)(tensors[position])
+        args, kwargs = with_tensors((args, kwargs), tensors)
+        made = func(*args, **kwargs)
+        if self.clamp is not None:
+            made = made.clamp(*self.clamp)
+        if self.end is not None:
+            return _carrying(self.end)(made)
+        return with_outputs(made, dict(zip(self.targets, map(_carrying, self.rounds_out), strict=True)))
+
+    def extra_repr(self) -> str:
+        """What is rounded."""
+        return f"{len(self.positions)} inputs, {len(self.targets) + (self.end is not None)} outputs, float arithmetic"
+
+
+def _carrying(act: Any) -> Callable[[Tensor], Tensor]:
+    def rounded(x: Tensor) -> Tensor:
+        y: Tensor = act(x)
+        return y.to(x.dtype)
+
+    return rounded
+
+
+# -- what happens at a site -------------------------------------------------------------------------------------------
+
+
+class Head:
+    """The site of a planned operator."""
+
+    def __init__(self, group: OperatorGroup) -> None:
+        self.group = group
+
+    def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The operator's result."""
+        return self.group.run(owner, func, args, kwargs)
+
+
+class End:
+    """The site of an operator that is the activation of a group."""
+
+    def __init__(self, group: Ending, operator: Operator) -> None:
+        self.group, self.operator = group, operator
+
+    def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        """The group's end."""
+        (x,) = tensors_in((args, kwargs))
+        if self.group.arrive(len(self.group.members) - 1, x):
+            self.group.count(not self.operator.is_called_so(args, kwargs))
+            return x
+        if not self.operator.is_called_so(args, kwargs):  # another slope or other ends than were recorded, and will be deployed
+            self.group.count(True)
+            return func(*args, **kwargs)
+
+        def own(x: Tensor) -> Tensor:
+            filled, named = with_tensors((args, kwargs), [x])
+            y: Tensor = func(*filled, **named)
+            return y
+
+        rounded = self.group.finish(self.operator, x, own)
+        return func(*args, **kwargs) if rounded is None else rounded
+
+
+class Deployed:
+    """The site of an operator in a deployed model.
+
+    `child`: its RoundedOperator, or that one's name in the owner; None to skip the operator.
+    """
+
+    def __init__(self, child: str | nn.Module | None) -> None:
+        self.child = child
+
+    def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The operator's result, or what it was given."""
+        if self.child is None:
+            return next(tensors_in((args, kwargs)))
+        layer = owner._modules[self.child] if isinstance(self.child, str) else self.child
+        assert isinstance(layer, RoundedOperator)
+        return layer.run(func, args, kwargs)
+
+
+class Sites:
+    """What happens where in the forward of one owner."""
+
+    def __init__(self) -> None:
+        self.acts: dict[tuple[str, Place, int], Any] = {}
+        self.ops: set[str] = set()
+        self.float: set[tuple[str, Place, int]] = set()  # where the plan leaves an operator as it is
+        self.told: set[str] = set()
+        self.made_here = False  # whether one of them is in a module that the forward makes
+
+    def add(self, site: Site, act: Any) -> None:
+        """Have `act` called at `site`."""
+        self.acts[site.op, site.place, site.repeat] = act
+        self.ops.add(site.op)
+        self.made_here |= MADE_HERE in site.place
+
+    def leave(self, site: Site) -> None:
+        """Note that a recorded operator stays as it is, unless it is planned."""
+        self.float.add((site.op, site.place, site.repeat))
+
+    def tell(self, owner: nn.Module, op: str) -> None:
+        """Say once that an operator stays float that was not recorded."""
+        if op not in self.told:
+            self.told.add(op)
+            warnings.warn(
+                f"the forward of {type(owner).__name__} calls {op!r} where the recorded forward did not; there it stays float.",
+                stacklevel=4,
+            )
+
+
+# -- catching ---------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """One forward of an owner that is under way."""
+
+    def __init__(self, owner: nn.Module, sites: Sites) -> None:
+        self.owner, self.sites = owner, sites
+        self.counts: Counter[tuple[str, Place]] = Counter()
+        self.known = self.holds if sites.made_here else always
+
+    def holds(self, module: Any) -> bool:
+        """Whether a module that is called on the way is a part of the owner, not one that its forward has made."""
+        return any(one is module for one in self.owner.modules())
+
+
+class _Interceptor(TorchFunctionMode):
+    """One for all owners whose forwards are under way in a thread; the innermost one's operators are looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = self.calls[-1]
+        op = name_of(func)
+        if op in call.sites.ops and (where := place(_forward_under.__code__, known=call.known)) is not None:
+            repeat = call.counts[op, where]
+            call.counts[op, where] += 1
+            act = call.sites.acts.get((op, where, repeat))
+            if act is not None:
+                return act(call.owner, func, args, kwargs)
+            computes = any(tensor.is_floating_point() for tensor in tensors_in((args, kwargs)))
+            if computes and (op, where, repeat) not in call.sites.float:
+                call.sites.tell(call.owner, op)
+        return func(*args, **kwargs)
+
+
+_THREAD = threading.local()
+
+
+def _forward_under(call: _Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`forward`, with its operators caught."""
+    mode: _Interceptor | None = getattr(_THREAD, "mode", None)
+    if mode is not None and mode in _get_current_function_mode_stack():
+        mode.calls.append(call)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            mode.calls.pop()
+    before, _THREAD.mode = mode, _Interceptor()
+    _THREAD.mode.calls.append(call)
+    try:
+        with _THREAD.mode:
+            return forward(*args, **kwargs)
+    finally:
+        _THREAD.mode = before
+
+
+class Owner(Made):
+    """The role of a module whose forward calls planned operators."""
+
+    @staticmethod
+    def _made_names(base: type[nn.Module]) -> dict[str, Any]:
+        """A forward with the signature of the module's own: exporters name inputs by it, and arguments are bound to it."""
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def forward(self: Owner, *args: Any, **kwargs: Any) -> Any:
+            return Owner.forward(self, *args, **kwargs)
+
+        forward.__signature__, forward.__doc__ = inspect.signature(base.forward), base.forward.__doc__
+        return {"forward": forward}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, its operators caught."""
+        sites: Sites | None = self.__dict__.get(SITES)
+        own: Callable[..., Any] = super().forward  # type: ignore[misc]
+        if sites is None:
+            return own(*args, **kwargs)
+        return _forward_under(_Call(self, sites), own, args, kwargs)  # type: ignore[arg-type]
+
+
+def own(module: nn.Module) -> Sites:
+    """Make `module` the owner of operators, if it is none yet, and return its sites."""
+    if SITES not in module.__dict__:
+        cls = made_class(Owner, type(module))
+        module.__dict__[SITES] = Sites()
+        module.__class__ = cls
+    sites: Sites = module.__dict__[SITES]
+    return sites
+
+
+def disown(module: nn.Module) -> None:
+    """Give an owner back its own class."""
+    if module.__dict__.pop(SITES, None) is not None:
+        module.__class__ = type(module).__bases__[1]
+        drop_bound_forward(module)
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether any layer or operator of `model` is prepared."""
+    return any(is_group_head(module) or SITES in module.__dict__ for module in model.modules())
+
+
+def is_owner(module: nn.Module) -> bool:
+    """Whether operators of `module` are planned."""
+    return SITES in module.__dict__
+
+
+def operator_groups(module: nn.Module) -> list[OperatorGroup]:
+    """The planned operators of a module."""
+    sites: Sites | None = module.__dict__.get(SITES)
+    return [] if sites is None else [act.group for act in sites.acts.values() if isinstance(act, Head)]
+
+
+def deploy_sites(owner: nn.Module) -> None:
+    """Make the owner in a converted copy independent of groups: a `RoundedOperator` for each planned operator, as a child."""
+    sites: Sites = owner.__dict__[SITES]
+    code = getattr(own_class(owner).forward, "__code__", None)
+    walks = code is not None and {"children", "named_children", "modules", "named_modules", "_modules"} & set(code.co_names)
+    iterates = bool(walks) or isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)  # it would call what it finds
+    for key, act in sites.acts.items():
+        if isinstance(act, Head):
+            layer, child = act.group.deploy(owner), act.group.name.rpartition(".")[2]
+            if iterates:
+                sites.acts[key] = Deployed(layer)
+                continue
+            while hasattr(owner, child):
+                child += "_"
+            owner.add_module(child, layer)
+            sites.acts[key] = Deployed(child)
+        elif isinstance(act, End):
+            sites.acts[key] = Deployed(None)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns what a plan is made of: one row for each quantized layer, the whole, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightning_quant.matching import TargetPlan
+from lightning_quant.sites import Operator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One quantized module or operator, what is fused with it, and its quantized targets.
+
+    `folds`: a weighted layer or batch norm, which becomes one folded layer with what is fused with it; any other module keeps
+    its own forward and is quantized around it, and an operator (`operator`) where it is called. `inner`: what is decided for the
+    tensor that an activation reads which no grid can do (a curve); None for ReLU and its like. `calls`: in the recorded forward;
+    `loose`: dropout or identity stands between members.
+    """
+
+    name: str
+    type: str
+    batch_norm: str | None
+    activation: str | None
+    targets: Mapping[str, TargetPlan]
+    notes: tuple[str, ...] = ()
+    folds: bool = True
+    norm_before: str | None = None
+    inner: TargetPlan | None = None
+    operator: bool = False
+    calls: int = 0
+    loose: bool = False
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the modules and operators behind the head, in the order of the data."""
+        return tuple(name for name in (self.batch_norm, self.activation) if name is not None)
+
+    @property
+    def fused_with(self) -> tuple[str, ...]:
+        """Names of all modules and operators of the group but the head."""
+        return (*(() if self.norm_before is None else (self.norm_before,)), *self.members)
+
+    @property
+    def start(self) -> str:
+        """Name of the module or operator that takes the group's input."""
+        return self.norm_before or self.name
+
+    @property
+    def end(self) -> str:
+        """Name of the module or operator whose output is the group's."""
+        return self.members[-1] if self.members else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that `prepare_model` will do; `print(plan)` is a table of it.
+
+    `left`: what computes in float, by name, with the reason. `operators`: what the forwards call as functions, by name.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    operators: Mapping[str, Operator] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = ("module", "fused with", "target", "dtype", "scheme", "granularity", "decided by", "notes")
+        rows = [row for layer in self.layers for row in _rows(layer)]
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        rule = tuple("-" * width for width in widths)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, rule, *rows)]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        left = [f"in float, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in (*self.notes, *left))])
+
+
+def _rows(layer: LayerPlan) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    names = (layer.name, ", ".join(layer.fused_with))
+    targets = list(layer.targets.values())
+    if layer.inner is not None:
+        targets.insert(len(targets) - 1, layer.inner)
+    for position, target in enumerate(targets):
+        spec, notes = target.spec, list(target.notes)
+        if target.source:
+            notes.insert(0, f"shared with {target.source}")
+        if not position:
+            notes.extend(layer.notes)
+        lead = names if not position else ("", "")
+        rows.append((*lead, target.target, spec.dtype, spec.scheme, str(spec.granularity), target.decided_by, "; ".join(notes)))
+    return rows
