@@ -123,7 +123,7 @@ class Ending(Group):
         self.count(not genuine)
         if passing is None or not genuine:
             return False
-        if passing.integer:
+        if passing.integer and to != HEAD:  # the head makes another tensor
             self.hand_on(x, to + 1, True)
         return passing.integer
 

@@ -149,7 +149,7 @@ def apply_rule(
 
 def draft_of(rule: Rule, name: str, operator: nn.Module, problems: Problems) -> Draft:
     """The draft of an operator that a rule means without selecting it: it is a member of a group that the rule names."""
-    draft = Draft(name, operator)
+    draft = Draft(name, operator, swept=rule.preset)
     setting = QuantizationSetting.find(type(operator)) or {}
     for target in _targets(replace(rule, target_names=None, target_settings={}), setting, name, operator, problems, []):
         _decide(rule, setting, target, draft, False, problems)

@@ -190,7 +190,7 @@ class _Tracer(fx.Tracer):
 
     def _seen(self, value: Any) -> Seen:
         if isinstance(value, fx.Proxy):
-            kind = "number" if value.node in self.facts else "Tensor"
+            kind = "number" if value.node in self.facts else "Parameter" if value.node.op == "get_attr" else "Tensor"
             if self.by_old_name(value.node):
                 return _seen(OUTSIDE, kind)
             return _seen(self.index.get(value.node, OUTSIDE), kind)  # a parameter is made by no call
@@ -198,7 +198,7 @@ class _Tracer(fx.Tracer):
 
 
 def _seen(source: int, kind: str = "Tensor") -> Seen:
-    return Seen(source=source, shape=None, floating=kind == "Tensor", type=kind)
+    return Seen(source=source, shape=None, floating=kind in ("Tensor", "Parameter"), type=kind)
 
 
 def _constant(tensor: Tensor) -> Seen:

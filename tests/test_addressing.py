@@ -449,8 +449,11 @@ def test_an_operator_that_writes_over_what_is_used_again_stays_float(seen: bool)
 
     model = Calls(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     plan = planned("int8", seen=seen, model=model, example=ROW)
-    assert [layer.name for layer in plan.layers] == ["a", "b", "add_1"]
-    assert plan.left == {"add": "add in place, and what it wrote over is used afterwards by its old name"}
+    written = {"add": "add in place, and what it wrote over is used afterwards by its old name"}
+    # A trace does not know what a tensor holds that was written over; a preset leaves what reads it alone.
+    unknown = {} if seen else {"add_1": "not between quantized layers"}
+    assert [layer.name for layer in plan.layers] == ["a", "b", *(["add_1"] if seen else [])]
+    assert plan.left == {**written, **unknown}
     text = error_of({"op_names": ["add"]}, seen=seen, model=model, example=ROW)
     assert text.startswith("config_list: 'add' (add) works in place and its input is used afterwards by its old name")
 

@@ -384,7 +384,7 @@ class Stack(nn.Module):
         return F.leaky_relu(self.out(x), 0.1) + 0.5
 
 
-CONFIG = ["int8", {"op_types": ["sigmoid"]}]
+CONFIG = ["int8", {"op_types": ["sigmoid", "add", "mul"]}]
 
 
 def prepared(**options: Any) -> tuple[Stack, Tensor]:
@@ -431,7 +431,7 @@ def test_operators_in_a_checkpointed_method_stay_float(reentrant: bool) -> None:
     model.block = Saving()
     twin = copy.deepcopy(model)
     twin.block.__class__ = type("Plain", (Block,), {"forward": lambda self, x: self.part(x) * 2})
-    plan = planned(model, x, config=["int8"])
+    plan = planned(model, x, config=["int8", {"op_types": ["add", "mul"]}])
     assert {"block.sigmoid", "block.add", "block.relu"} <= set(plan.left)
     assert [layer.name for layer in plan.layers] == ["block.fc", "block.mul_1", "out", "mul", "add"]
     config = [{"op_names": [layer.name for layer in plan.layers if not layer.operator], "fuse_names": []}]
