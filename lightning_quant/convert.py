@@ -8,7 +8,7 @@ import copy
 from torch import nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.prepare import prepared_groups
+from lightning_quant.prepare import prepared_groups, quantizers_of
 from lightning_quant.wrapped import QuantizedModule
 
 
@@ -49,8 +49,7 @@ def convert_model(model: nn.Module) -> nn.Module:
 
 def unobserved(model: nn.Module) -> list[str]:
     """The quantizers of a prepared model that have no range yet, by target name ('conv1._output_')."""
-    quantizers = (quantizer for _, group in prepared_groups(model).values() for quantizer in group.quantizers)
-    return list(dict.fromkeys(q.name for q in quantizers if not q.ready))
+    return [name for name, quantizer in quantizers_of(model).items() if not quantizer.ready]
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
