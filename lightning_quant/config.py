@@ -155,7 +155,7 @@ def _rule(entry: Any, where: str, problems: Problems, *, preset: bool = False) -
         return None
     problems.extend(unknown_key(key, ENTRY, where) for key in entry if key not in ENTRY)
     selecting = ("op_names", "op_names_re", "op_types")
-    misspelt = any(closest(str(key), ENTRY, 1)[:1] in ([name] for name in selecting) for key in entry if key not in ENTRY)
+    misspelt = any(name in selecting for key in entry if key not in ENTRY for name in closest(str(key), ENTRY, 1))
     if not misspelt and not any(key in entry for key in selecting):
         problems.append(
             f"{where}: selects nothing; give op_names (module names), op_names_re (regular expressions) or op_types (classes)."

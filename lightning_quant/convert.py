@@ -13,7 +13,7 @@ from lightning_quant.fusion import Ending
 from lightning_quant.group import Strays, leave
 from lightning_quant.integer import ActivatedLayer
 from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner
-from lightning_quant.prepare import prepared_groups
+from lightning_quant.prepare import prepared_groups, quantizers_of
 from lightning_quant.wrapped import QuantizedModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,8 +94,7 @@ def _only_training(strays: Strays) -> str:
 
 def unobserved(model: nn.Module) -> list[str]:
     """The quantizers of a prepared model that have no range yet, by target name ('conv1._output_')."""
-    quantizers = (quantizer for _, group in prepared_groups(model).values() for quantizer in group.quantizers)
-    return list(dict.fromkeys(q.name for q in quantizers if not q.ready))
+    return [name for name, quantizer in quantizers_of(model).items() if not quantizer.ready]
 
 
 def copy_of(model: Model) -> Model:

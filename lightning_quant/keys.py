@@ -47,13 +47,6 @@ def unknown_key(key: Any, allowed: Iterable[str], where: str) -> str:
     return f"{where}: unknown key {key!r}; allowed: {', '.join(names)}.{guess(key, names)}"
 
 
-_LATER = {
-    **dict.fromkeys(("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "sparsity", "align"), "pruning"),
-    **dict.fromkeys(("global_group_id", "dependency_group_id", "internal_metric_block"), "pruning"),
-    **dict.fromkeys(("lambda", "link"), "distillation"),
-}
-
-
 # -- granularity ------------------------------------------------------------------------------------------------------
 
 
@@ -387,4 +380,9 @@ DISTILLATION: dict[str, Key] = {
     "lambda": Key(check=number(0, 1e30), schema={}, default="1.0", text="Weight of this loss."),
     "link": Key(check=_link, schema={}, default="auto", text="The teacher's module, by name."),
     "apply_method": Key(check=choice("mse", "kl"), schema={}, default="mse", text="The loss."),
+}
+# Whose keys a config_list may one day have; "sparsity" is what older NNI called one.
+_LATER = {
+    **dict.fromkeys((key for key in (*PRUNING, "sparsity") if key not in QUANTIZATION), "pruning"),
+    **dict.fromkeys((key for key in DISTILLATION if key not in QUANTIZATION), "distillation"),
 }

@@ -260,10 +260,14 @@ def simulated(model: nn.Module) -> Iterator[None]:
             group.simulate = flag
 
 
+def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers of a prepared model by target name ('conv1._output_'), each once however many layers share it."""
+    return {quantizer.name: quantizer for _, group in prepared_groups(model).values() for quantizer in group.quantizers}
+
+
 def quantizer_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every range of a prepared model by target name ('conv1._output_'), as plain numbers or tensors on the host."""
-    groups = prepared_groups(model).values()
-    return {quantizer.name: quantizer.state_dict() for _, group in groups for quantizer in group.quantizers}
+    """Every range of a prepared model by target name, as plain numbers or tensors on the host."""
+    return {name: quantizer.state_dict() for name, quantizer in quantizers_of(model).items()}
 
 
 def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -272,27 +276,26 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: if names or granularities differ from the model's; nothing is loaded then.
     """
-    own = quantizer_state(model)
+    own = quantizers_of(model)
     if set(own) != set(state):
         lacking, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         raise ConfigError(
             f"the saved quantizers are of another config_list: missing {lacking}, unexpected {extra}. Use the config_list of "
             "that run, or load only its weights and start a new fit."
         )
-    differ = [q.name for _, group in prepared_groups(model).values() for q in group.quantizers if not q.accepts(state[q.name])]
+    differ = [name for name, quantizer in own.items() if not quantizer.accepts(state[name])]
     if differ:
         raise ConfigError(
-            f"the saved ranges of {', '.join(dict.fromkeys(differ))} have another granularity. Use the config_list of that run, "
+            f"the saved ranges of {', '.join(differ)} have another granularity. Use the config_list of that run, "
             "or load only its weights and start a new fit."
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for _, group in prepared_groups(model).values():
-        group.deployed = None
-        for quantizer in group.quantizers:
-            quantizer.load_state_dict(moved(state[quantizer.name], device))
+    drop_deployed_layers(model)
+    for name, quantizer in own.items():
+        quantizer.load_state_dict(moved(state[name], device))
 
 
 def fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether ranges saved by `quantizer_state` belong to this prepared model's quantizers."""
-    quantizers = {q.name: q for _, group in prepared_groups(model).values() for q in group.quantizers}
+    quantizers = quantizers_of(model)
     return set(quantizers) == set(state) and all(quantizer.accepts(state[name]) for name, quantizer in quantizers.items())

@@ -308,8 +308,7 @@ class BlockQuantizer(ActivationQuantizer):
         if x.numel() == 0:
             return
         self.changes += 1
-        low, high = (side.float() for side in block_range(x, self._kernel(x)))
-        self._check(x)
+        low, high = (side.float() for side in block_range(x, self._checked_kernel(x)))
         if x.device.type == "cpu" and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             self._warn()
             return
@@ -321,12 +320,13 @@ class BlockQuantizer(ActivationQuantizer):
             raise self._misfit(x, "which these blocks do not divide")
         return kernel
 
-    def _check(self, x: Tensor) -> None:
-        """Raise a ConfigError unless x has one block for each range."""
+    def _checked_kernel(self, x: Tensor) -> tuple[int, ...]:
+        """The size of a block along each dimension; a ConfigError unless x has one block for each range."""
         kernel = self._kernel(x)
         blocks = tuple(1 if block == -1 else size // block for block, size in zip(kernel, x.shape, strict=True))
         if isinstance(self.low, Tensor) and tuple(self.low.shape) != blocks:
             raise self._misfit(x, f"its ranges have the shape {tuple(self.low.shape)}, this batch needs {blocks}")
+        return kernel
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved range has a value for each block."""
@@ -353,7 +353,7 @@ class BlockQuantizer(ActivationQuantizer):
         return self._on_device(x)
 
     def _on_device(self, x: Tensor) -> Tensor:
-        self._check(x)
+        self._checked_kernel(x)
         return super()._on_device(x)
 
     def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:

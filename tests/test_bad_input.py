@@ -904,22 +904,6 @@ def test_a_table_that_rewrites_itself_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("norm", "text"),
-    [
-        (nn.BatchNorm1d(5), "'1' has 5 features, '0' makes 4."),
-        (
-            nn.BatchNorm1d(4, track_running_stats=False),
-            "'1' has no running statistics (track_running_stats=False), so nothing can be folded.",
-        ),
-    ],
-    ids=["features", "no statistics"],
-)
-def test_a_batch_norm_that_does_not_fit(norm: nn.Module, text: str) -> None:
-    model = nn.ModuleList([nn.Linear(4, 4), norm])
-    assert f"config_list[0]: fuse_names ('0', '1'): {text}" in refusal(model, names("0", fuse_names=[("0", "1")]))
-
-
 def test_a_prepared_model_is_refused_and_stays_prepared() -> None:
     model = Net()
     prepare_model(model, make_plan(model, names("conv1"), example_input=EXAMPLE))

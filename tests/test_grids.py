@@ -421,6 +421,17 @@ def test_an_observer_is_for_activations() -> None:
 METHODS = ["clamp_round", "qat_clamp_round", "bypass"]
 
 
+def probed(net: nn.Module, entry: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output for x and the gradient of its sum at x, under the range that x cut to [-1, 1] gave."""
+    prepared(net, [entry], x).train()(x.clamp(-1, 1))
+    apply_phase(net, HOLD)
+    given = x.clone().requires_grad_()
+    y = net(given)
+    y.sum().backward()
+    assert given.grad is not None
+    return y, given.grad
+
+
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("scheme", ["affine", "symmetric"])
 def test_the_gradient_of_an_activation(scheme: str, granularity: str) -> None:
@@ -431,13 +442,8 @@ def test_the_gradient_of_an_activation(scheme: str, granularity: str) -> None:
         net = nn.Sequential(nn.Identity())
         keys = {"apply_method": method, "quant_scheme": scheme, "granularity": granularity}
         entry = {"op_names": ["0"], "target_settings": {"_input_": keys}, "target_names": ["_input_"]}
-        prepared(net, [entry], x).train()(x.clamp(-1, 1))
-        apply_phase(net, HOLD)
-        given = x.clone().requires_grad_()
-        y = net(given)
-        y.sum().backward()
-        assert given.grad is not None
-        found[method] = y[0, 0].tolist(), given.grad[1, 1].tolist()
+        y, gradient = probed(net, entry, x)
+        found[method] = y[0, 0].tolist(), gradient[1, 1].tolist()
     assert found["qat_clamp_round"][1] == [0, 1, 1, 1, 0]
     assert found["clamp_round"][1] == [1, 1, 1, 1, 1]
     assert found["clamp_round"][0] == found["qat_clamp_round"][0]
@@ -464,13 +470,8 @@ def test_the_gradient_of_a_fused_activation(act: type[nn.Module], scheme: str, g
             "target_settings": {"_output_": keys},
             "fuse_names": [("0", "1")],
         }
-        prepared(net, [entry], x).train()(x.clamp(-1, 1))
-        apply_phase(net, HOLD)
-        given = x.clone().requires_grad_()
-        y = net(given)
-        y.sum().backward()
-        assert given.grad is not None
-        found[method], values[method] = given.grad.flatten().tolist(), y.flatten().tolist()
+        y, gradient = probed(net, entry, x)
+        found[method], values[method] = gradient.flatten().tolist(), y.flatten().tolist()
     assert found["qat_clamp_round"] == [0, 1, 1, 0, 0]
     assert found["clamp_round"] == found["bypass"] == [0, 1, 1, 1, 0 if act is nn.ReLU6 else 1]
     assert values["clamp_round"] == values["qat_clamp_round"] == pytest.approx([0, 0.5, 0.9, 1, 1], abs=0.01)

@@ -456,10 +456,11 @@ def test_a_group_that_the_modules_forbid(group: tuple[str, ...], text: str, exam
     ],
     ids=["features", "no statistics"],
 )
-def test_a_batch_norm_that_does_not_fit(norm: nn.Module, text: str) -> None:
+@pytest.mark.parametrize("example", [None, ROW], ids=["no example", "example"])
+def test_a_batch_norm_that_does_not_fit(norm: nn.Module, text: str, example: Any) -> None:
     model = Calls(lambda m, x: m.fc(x), fc=nn.Linear(4, 4), bn=norm)
     expected = f"config_list[0]: fuse_names ('fc', 'bn'): {text}"
-    assert error_of(model, [{"op_types": ["Linear"], "fuse_names": [("fc", "bn")]}], ROW) == expected
+    assert error_of(model, [{"op_types": ["Linear"], "fuse_names": [("fc", "bn")]}], example) == expected
 
 
 @pytest.mark.parametrize(
