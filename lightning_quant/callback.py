@@ -24,7 +24,7 @@ from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
 from lightning_quant.export import OPTIONS, ParityError, check_format, export_model
-from lightning_quant.graph import Graph, copied, moved, split_example, undisturbed
+from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
 from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
@@ -37,6 +37,7 @@ from lightning_quant.prepare import (
     quantizer_state,
     restore_model,
 )
+from lightning_quant.record import copied, moved, split_example, undisturbed
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
 from lightning_quant.symbolic import trace

@@ -21,7 +21,12 @@ from lightning_quant.targets import is_activation, owner_of
 
 
 def collect_groups(
-    rules: Sequence[Rule], chosen: Mapping[str, Sequence[str]], modules: Modules, drafts: dict[str, Draft], problems: Problems
+    rules: Sequence[Rule],
+    chosen: Mapping[str, Sequence[str]],
+    modules: Modules,
+    graph: Graph | None,
+    drafts: dict[str, Draft],
+    problems: Problems,
 ) -> None:
     """Give every draft its group, after the checks that need the modules but no forward.
 
@@ -44,7 +49,7 @@ def collect_groups(
         if rule.fuse is None or isinstance(rule.fuse, str):
             continue
         for given in rule.fuse:
-            named = tuple(modules.aliases.get(name, name) for name in given)
+            named = _calls_meant(tuple(modules.aliases.get(name, name) for name in given), modules, graph)
             taken = next((name for name in named if owner.get(name, named) != named), None)
             problem = group_problem(named, modules, set(chosen[rule.where]))
             if problem is None and taken is not None:
@@ -56,6 +61,17 @@ def collect_groups(
             _give(rule, named, modules.by_name, drafts, problems)
     for draft in [draft for draft in drafts.values() if draft.group]:
         problems.extend(absorb(draft, drafts))
+
+
+def _calls_meant(group: tuple[str, ...], modules: Modules, graph: Graph | None) -> tuple[str, ...]:
+    """A named group with the call of a shared activation that carries on the member before it, in place of the activation."""
+    meant: list[str] = []
+    for name in group:
+        sites = modules.sites.get(name, [])
+        calls = graph.calls(meant[-1]) if graph is not None and meant else []
+        readers = {node.name for call in calls for node in (() if graph is None else graph.consumers(call.index))}
+        meant.append(next((site for site in sites if site in readers), sites[0] if sites else name))
+    return tuple(meant)
 
 
 def _give(
@@ -94,8 +110,9 @@ def absorb(draft: Draft, drafts: dict[str, Draft], *, quietly: bool = False) -> 
                 f"{draft.fused_by}: fuse_names {draft.group!r}: {name!r} is also quantized by its name, but a fused module has "
                 "no targets of its own; take it out of op_names or out of the group."
             )
+        if not drafts[name].swept:  # a preset means whatever there is
+            draft.notes.append(f"{name} is fused and has no targets of its own")
         del drafts[name]
-        draft.notes.append(f"{name} is fused and has no targets of its own")
     return problems
 
 

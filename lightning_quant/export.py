@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
-from lightning_quant.graph import copied, moved, split_example
 from lightning_quant.onnx_graph import require, unshared_weights, write_onnx
+from lightning_quant.record import copied, moved, split_example
 from lightning_quant.targets import on_tensors, tensors_in
 
 # onnxruntime's int8 kernels for CPUs without VNNI add pairs of products in 16 bits and saturate; this option has them add

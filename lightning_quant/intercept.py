@@ -24,7 +24,7 @@ from lightning_quant.fusion import Ending
 from lightning_quant.group import Made, drop_bound_forward, is_group_head, made_class, own_class
 from lightning_quant.integer import Rounding
 from lightning_quant.quantizers import ActivationQuantizer, Grid
-from lightning_quant.sites import MADE_HERE, Operator, Place, Site, always, name_of, place, with_tensors
+from lightning_quant.sites import MADE_HERE, SHARED, Operator, Place, Site, always, name_of, place, with_tensors
 from lightning_quant.targets import tensors_in, with_outputs
 
 SITES = "_lightning_quant_sites"
@@ -226,16 +226,22 @@ class Sites:
         self.float: set[tuple[str, Place, int]] = set()  # where the plan leaves an operator as it is
         self.told: set[str] = set()
         self.made_here = False  # whether one of them is in a module that the forward makes
+        self.shared = False  # whether one of them is in a shared activation
 
     def add(self, site: Site, act: Any) -> None:
         """Have `act` called at `site`."""
         self.acts[site.op, site.place, site.repeat] = act
         self.ops.add(site.op)
-        self.made_here |= MADE_HERE in site.place
+        self._look(site)
 
     def leave(self, site: Site) -> None:
         """Note that a recorded operator stays as it is, unless it is planned."""
         self.float.add((site.op, site.place, site.repeat))
+        self._look(site)
+
+    def _look(self, site: Site) -> None:
+        self.shared |= bool(site.through)
+        self.made_here |= MADE_HERE in site.place and not site.through
 
     def tell(self, owner: nn.Module, op: str) -> None:
         """Say once that an operator stays float that was not recorded."""
@@ -256,11 +262,15 @@ class _Call:
     def __init__(self, owner: nn.Module, sites: Sites) -> None:
         self.owner, self.sites = owner, sites
         self.counts: Counter[tuple[str, Place]] = Counter()
-        self.known = self.holds if sites.made_here else always
+        self.known = self.holds if sites.made_here else self.is_one_itself if sites.shared else always
+
+    def is_one_itself(self, module: Any) -> bool:
+        """Whether a module that is called on the way is no shared activation, whose calls count as its function's."""
+        return SHARED not in module.__dict__
 
     def holds(self, module: Any) -> bool:
-        """Whether a module that is called on the way is a part of the owner, not one that its forward has made."""
-        return any(one is module for one in self.owner.modules())
+        """Whether it is a part of the owner besides, not one that its forward has made."""
+        return self.is_one_itself(module) and any(one is module for one in self.owner.modules())
 
 
 class _Interceptor(TorchFunctionMode):

@@ -131,8 +131,7 @@ def apply_rule(
         draft.swept &= rule.preset
         if rule.float_output is not None or targets.get(OUTPUT):  # a later entry that names the output wants it rounded
             draft.float_output = rule.float_output
-        aliases = [alias for alias in modules.names_of(name)[1:] if f"also called {alias}" not in draft.notes]
-        draft.notes.extend(f"also called {alias}" for alias in aliases)
+        draft.notes.extend(note for note in _other_names(name, modules) if note not in draft.notes)
         draft.notes += [f"its setting also names {', '.join(lacking)}, which it lacks"] if lacking else []
         for target, explicit in targets.items():
             _decide(rule, setting, target, draft, explicit, problems)
@@ -145,6 +144,13 @@ def apply_rule(
     elif left:
         notes.append(f"{rule.where}: left as they are, without a setting: {', '.join(left)}")
     return chosen
+
+
+def _other_names(name: str, modules: Modules) -> list[str]:
+    module = modules.by_name[name]
+    if isinstance(module, Operator):
+        return [f"a call of {module.site.through}"] if module.site.through else []
+    return [f"also called {alias}" for alias in modules.names_of(name)[1:]]
 
 
 def draft_of(rule: Rule, name: str, operator: nn.Module, problems: Problems) -> Draft:

@@ -179,6 +179,12 @@ def clamp_of(module: nn.Module) -> Clamp | None:
     return None
 
 
+def is_plain_activation(module: nn.Module) -> bool:
+    """Whether a module is one of torch's activations without parameters: it does what a function called there would do."""
+    kinds = [*(cls for cls, *_ in _CLAMPS), *(cls for cls, _ in _CURVES)]
+    return any(is_kind(module, cls) for cls in kinds if cls is not nn.PReLU)
+
+
 def is_activation(module: nn.Module, head: nn.Module) -> bool:
     """Whether `module` is an activation that fuses behind `head`."""
     if clamp_of(module) is not None:

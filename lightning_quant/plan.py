@@ -24,12 +24,13 @@ from lightning_quant.discovery import (
     parts_of,
 )
 from lightning_quant.fusion import runs_on_integers
-from lightning_quant.graph import Boundary, Graph, record
+from lightning_quant.graph import Boundary, Graph
 from lightning_quant.intercept import is_prepared
 from lightning_quant.keys import INPUT, OUTPUT, QUANTIZATION, WEIGHT, Problems, closest, guess
 from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.matching import Draft, TargetPlan, apply_rule, fitted, idle_keys
 from lightning_quant.patterns import Roles, clamp_of, is_batch_norm, is_head, is_registered, roles_of
+from lightning_quant.record import record
 from lightning_quant.selection import Modules
 from lightning_quant.settings import QuantizationSetting, Setting, checked_setting, is_called, kept_bases
 from lightning_quant.sharing import free_last_output, share
@@ -223,7 +224,7 @@ def plan_from_graph(
             hint = guess(name, [type(module).__name__ for module in modules.by_name.values()])
             problems.append(f"settings: {name!r} matches no module; the model has {modules.types()}.{hint}")
     chosen = {rule.where: apply_rule(rule, modules, drafts, problems, notes, local) for rule in rules}
-    collect_groups(rules, chosen, modules, drafts, problems)
+    collect_groups(rules, chosen, modules, graph, drafts, problems)
     problems.extend(claim_parts(drafts, modules.by_name))
     if graph is None:
         if any(draft.group for draft in drafts.values()):
@@ -432,8 +433,8 @@ def _read_elsewhere(layers: Sequence[LayerPlan], graph: Graph) -> list[str]:
 def _moved(operator: Operator, prefix: str) -> Operator:
     """The operator with its owner's name in the whole model."""
     if prefix:
-        owner = f"{prefix}{operator.site.owner}".rstrip(".")
-        operator.site = replace(operator.site, owner=owner)
+        owner, through = (f"{prefix}{operator.site.owner}".rstrip("."), operator.site.through and prefix + operator.site.through)
+        operator.site = replace(operator.site, owner=owner, through=through)
     return operator
 
 

@@ -13,16 +13,16 @@ from torch import nn
 
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.fusion import Ending, FusedGroup, install
-from lightning_quant.graph import moved
 from lightning_quant.group import Group, Share, group_of, is_group_head, join, leave
 from lightning_quant.intercept import End, Head, OperatorGroup, disown, is_owner, is_prepared, operator_groups, own
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
 from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.patterns import clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
+from lightning_quant.record import moved
 from lightning_quant.schedule import Phase
 from lightning_quant.settings import kept_bases
-from lightning_quant.sites import Operator
+from lightning_quant.sites import SHARED, Operator
 from lightning_quant.targets import Arguments, is_activation, is_input
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
@@ -48,9 +48,7 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
     try:
         for group, head in groups:  # operators first: a module may own some and be quantized itself
             _catch(group, head, model)
-        for operator in plan.operators.values():
-            if is_owner(owner := modules.get(operator.site.owner, model)):
-                own(owner).leave(operator.site)
+        _leave(plan, model)
         for group, head in groups:
             if isinstance(group, Ending):
                 install(group, None if isinstance(head, Operator) else head)
@@ -74,7 +72,8 @@ def _modules_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     modules = {**plan.operators, **dict(model.named_modules())}
     missing = [name for layer in plan.layers for name in (layer.name, *layer.fused_with) if name not in modules]
     sites = [modules[name] for layer in plan.layers for name in (layer.name, *layer.fused_with) if name not in missing]
-    missing += [one.site.owner for one in sites if isinstance(one, Operator) and one.site.owner and one.site.owner not in modules]
+    needed = [name for one in sites if isinstance(one, Operator) for name in (one.site.owner, one.site.through)]
+    missing += [name for name in dict.fromkeys(needed) if name and name not in modules]
     if missing:
         raise ConfigError(
             f"the plan names {', '.join(map(repr, missing))}, which {type(model).__name__} lacks; make the plan anew."
@@ -96,6 +95,15 @@ def _catch(group: Group, head: nn.Module, model: nn.Module) -> None:
     if isinstance(group, Ending) and isinstance(group.activation, Operator):
         site = group.activation.site
         own(model.get_submodule(site.owner)).add(site, End(group, group.activation))
+
+
+def _leave(plan: Plan, model: nn.Module) -> None:
+    """Have owners know the operators that stay as they are, and shared activations that they stand for functions."""
+    for operator in plan.operators.values():
+        if is_owner(owner := model.get_submodule(operator.site.owner)):
+            own(owner).leave(operator.site)
+        if operator.site.through:
+            model.get_submodule(operator.site.through).__dict__[SHARED] = True
 
 
 def _is_of(module: nn.Module, layer: LayerPlan) -> bool:
@@ -217,6 +225,7 @@ def restore_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         leave(module)
         disown(module)
+        module.__dict__.pop(SHARED, None)
         for switch, _ in _FAST_PATHS.values():
             if _SAVED + switch in module.__dict__:
                 module.__dict__[switch] = module.__dict__.pop(_SAVED + switch)

@@ -19,7 +19,8 @@ class Modules:
     """The modules of a model by name, each once, and the operators that its forwards call, each behind its owner's modules.
 
     `aliases`: the further names of modules that have several. `recorded`: whether operators could be seen. `unset`: the
-    operators that have no setting, by name.
+    operators that have no setting, by name. `sites`: the names of the calls of a shared activation, by its own name; whoever
+    selects it means them.
     """
 
     def __init__(
@@ -35,16 +36,27 @@ class Modules:
         self.aliases = {
             name: first[id(module)] for name, module in scope.named_modules(remove_duplicate=False) if first[id(module)] != name
         }
+        self.sites: dict[str, list[str]] = {}
         order = list(self.by_name)
         for name, operator in (operators or {}).items():
             owner = operator.site.owner
             inside = [i for i, other in enumerate(order) if not owner or other == owner or other.startswith(f"{owner}.")]
             order.insert(inside[-1] + 1, name)
+            if operator.site.through:
+                self.sites.setdefault(operator.site.through, []).append(name)
         self.by_name = {name: self.by_name[name] if name in self.by_name else (operators or {})[name] for name in order}
 
     def names_of(self, name: str) -> list[str]:
-        """Every name of the module called `name`."""
-        return [name, *(alias for alias, first in self.aliases.items() if first == name)]
+        """Every name of the module called `name`; of a call of a shared activation, the activation's, too."""
+        module = self.by_name.get(name)
+        own = module.site.through if isinstance(module, Operator) and module.site.through else name
+        return [*dict.fromkeys([name, own]), *(alias for alias, first in self.aliases.items() if first == own)]
+
+    def type_of(self, name: str) -> type[nn.Module]:
+        """The class that op_types finds: a module's; of a call of a shared activation, the activation's."""
+        module = self.by_name[name]
+        through = module.site.through if isinstance(module, Operator) else ""
+        return type(self.by_name[through or name])
 
     def about(self, name: str) -> str:
         """What there is to say of a name that nothing has, if it may be an operator's."""
@@ -72,7 +84,7 @@ def select(rule: Rule, modules: Modules, problems: Problems, notes: list[str]) -
     excluded |= _by_type(rule, "exclude_op_types", modules, problems, [])
     every = set(modules.by_name) - {""}
     chosen = (included if rule.op_names or rule.op_names_re else every) & (types if rule.op_types else every)
-    names = [name for name in modules.by_name if name in chosen - excluded]
+    names = [name for name in modules.by_name if name in chosen - excluded and name not in modules.sites]
     if excluded and not chosen & excluded:
         notes.append(f"{rule.where}: the exclude keys take nothing out of what it selects")
     if not names and len(problems) == before:
@@ -91,7 +103,7 @@ def _by_name(rule: Rule, prefix: str, modules: Modules, problems: Problems) -> s
     for name in getattr(rule, key):
         first = name if name in modules.by_name else modules.aliases.get(name)
         if first:
-            found.add(first)
+            found.update([first, *modules.sites.get(first, [])])
             continue
         near = closest(name, [other for other in (*modules.by_name, *modules.aliases) if other])
         hint = f" Close: {', '.join(map(repr, near))}." if near else ""
@@ -114,7 +126,8 @@ def _by_name(rule: Rule, prefix: str, modules: Modules, problems: Problems) -> s
 def _by_type(rule: Rule, key: str, modules: Modules, problems: Problems, notes: list[str]) -> set[str]:
     found: set[str] = set()
     for type_name in getattr(rule, key):
-        matched = {name for name, module in modules.by_name.items() if name and is_called(type(module), type_name)}
+        kinds_of = {name: {type(module), modules.type_of(name)} for name, module in modules.by_name.items() if name}
+        matched = {name for name, kinds in kinds_of.items() if any(is_called(kind, type_name) for kind in kinds)}
         derived = [name for name, m in modules.by_name.items() if any(c.__name__ == type_name for c in type(m).__mro__)]
         changed = [f"{name} ({type(modules.by_name[name]).__name__})" for name in derived if name and name not in matched]
         if changed and (matched or rule.preset):

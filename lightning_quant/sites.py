@@ -23,7 +23,10 @@ Place = tuple[tuple[str, int, int], ...]
 # The frames between a call of a module and its forward: `_call_impl`, and a function inside it where there are hooks.
 _CALL = nn.Module._call_impl.__code__
 MODULE_CALL = frozenset({_CALL, *(part for part in _CALL.co_consts if isinstance(part, CodeType))})
-MADE_HERE = ("", 0, 0)  # in a place: a call of a module that the forward has made itself and no model holds, `nn.ReLU()(x)`
+# In a place: a call of a module that counts as the function it calls. One that the forward has made itself and no model holds,
+# `nn.ReLU()(x)`, or a shared activation, which has this key in its `__dict__` while the model is prepared.
+MADE_HERE = ("", 0, 0)
+SHARED = "_lightning_quant_shared"
 _ON_THE_WAY = ("torch.fx.", "torch._dynamo.", "torch.overrides", "lightning_quant.symbolic")  # _dynamo wraps fx's trace
 _SYNONYMS = {"concat": "cat", "concatenate": "cat", "multiply": "mul", "subtract": "sub", "truediv": "div", "clip": "clamp"}
 
@@ -81,12 +84,16 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where an operator is called: by which module, which operator, at which place, the how manyth time there."""
+    """Where an operator is called: by which module, which operator, at which place, the how manyth time there.
+
+    `through`: the module that stands for the operator, an activation that is called at several places; '' for a function.
+    """
 
     owner: str
     op: str
     place: Place
     repeat: int
+    through: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,9 +187,12 @@ class Operators:
         self.by_name: dict[str, Operator] = {}
 
     def name(self, site: Site, function: Callable[..., Any], args: Any, kwargs: Any) -> str:
-        """The name of the operator at `site`: `layer1.0.add`, the second of its forward `layer1.0.add_1`."""
+        """The name of the operator at `site`: `layer1.0.add`, the second of its forward `layer1.0.add_1`.
+
+        The calls of a module that stands for one are numbered from 1 on: `layer1.0.relu_1` is the first call of `layer1.0.relu`.
+        """
         if site not in self.names:
-            stem = f"{site.owner}.{site.op}" if site.owner else site.op
+            stem = site.through or (f"{site.owner}.{site.op}" if site.owner else site.op)
             name, count = stem, 0
             while name in self.taken:
                 count += 1

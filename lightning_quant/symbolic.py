@@ -23,12 +23,11 @@ from lightning_quant.graph import (
     Node,
     Seen,
     idles,
-    is_leaf,
     keeps_grid,
     module_passes,
-    undisturbed,
 )
 from lightning_quant.keys import INPUT, OUTPUT
+from lightning_quant.record import is_leaf, shared_activations, undisturbed
 from lightning_quant.sites import MODULE_CALL, Operators, Place, Site, name_of, place, plain_name
 from lightning_quant.targets import Arguments, outputs_of
 
@@ -56,8 +55,11 @@ for _function in _AUGMENTED:
 class _Tracer(fx.Tracer):
     """Notes, for every call of a module and of an operator, what a recorder would; shapes are unknown."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shared: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        self.shared = {id(module): name for name, module in model.named_modules() if name in shared}
+        self.through: list[str] = []  # the shared activations under way (record.py)
+        self.lost: set[str] = set()
         self.nodes: list[Node] = []
         self.index: dict[fx.Node, int] = {}
         self.facts: set[fx.Node] = set()
@@ -80,7 +82,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """The leaves of a recorded forward."""
-        return is_leaf(m)
+        return is_leaf(m) and id(m) not in self.shared
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A stand-in for the result of `node`."""
@@ -88,7 +90,8 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         """A stand-in, and the node that it is the result of."""
-        where = place(ends=MODULE_CALL | {trace.__code__})  # the outermost forward is not called as a module
+        # The outermost forward is not called as a module.
+        where = place(ends=MODULE_CALL | {_traced.__code__}, known=lambda module: id(module) not in self.shared)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         if kind in ("call_function", "call_method"):
             if self.running:
@@ -105,7 +108,9 @@ class _Tracer(fx.Tracer):
             return
         owner, counts = self.owners[-1]
         counts[op, where] += 1
-        site = Site(owner=owner, op=op, place=where, repeat=counts[op, where] - 1)
+        through = self.through[-1] if self.through else ""
+        self.lost |= {through} if through and not where else set()
+        site = Site(owner=owner, op=op, place=where, repeat=counts[op, where] - 1, through=through)
         function = target if kind == "call_function" else getattr(torch.Tensor, target)
         known = self._without_proxies((args, kwargs))
         name = self.operators.name(site, function, *known)
@@ -121,6 +126,12 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """A call of a module, leaf or not."""
+        if id(m) in self.shared:
+            self.through.append(self.shared[id(m)])
+            try:
+                return super().call_module(m, forward, args, kwargs)
+            finally:
+                self.through.pop()
         name, order = self.names[id(m)], self.calls
         self.calls += 1
         given = {t: self._seen(value) for t, value in Arguments(type(m)).passed(args, kwargs).items()}
@@ -229,20 +240,34 @@ def _parameters(call: Any) -> list[str]:
 
 def trace(model: nn.Module) -> Graph | str:
     """The graph of `model` in eval mode without shapes, or why it cannot be traced. The model is left as it was."""
-    tracer = _Tracer(model)
+    graph, _ = _traced(model, frozenset())
+    if isinstance(graph, str):
+        return graph
+    shared = shared_activations(model, graph)
+    while shared:
+        apart, lost = _traced(model, shared)
+        if not lost:
+            return apart
+        shared -= lost
+    return graph
+
+
+def _traced(model: nn.Module, shared: frozenset[str]) -> tuple[Graph | str, set[str]]:
+    """(the graph, the `shared` modules that cannot count as functions after all), as record.py has it."""
+    tracer = _Tracer(model, shared)
     parameters = list(inspect.signature(model.forward).parameters.values())
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     with undisturbed(model):
         try:
             traced = tracer.trace(model, concrete_args=defaults or None)
         except Exception as error:  # noqa: BLE001  (whatever the user's forward does with a stand-in)
-            return f"symbolic tracing failed: {error}".partition("\n")[0]
+            return f"symbolic tracing failed: {error}".partition("\n")[0], set()
     outputs: list[int] = []
     for node in traced.find_nodes(op="output"):
         outputs += [tracer.index[one] for one in node.all_input_nodes if one in tracer.index]
         for one in node.all_input_nodes:
             tracer.by_old_name(one)
-    return Graph(
+    graph = Graph(
         nodes=tuple(tracer.nodes),
         outputs=tuple(outputs),
         side_effects=frozenset(tracer.side_effects),
@@ -251,3 +276,4 @@ def trace(model: nn.Module) -> Graph | str:
         readers_of_parameters={name: tuple(dict.fromkeys(readers)) for name, readers in tracer.parameter_readers.items()},
         shapes=False,
     )
+    return graph, tracer.lost

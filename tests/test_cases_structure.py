@@ -130,10 +130,27 @@ def test_b01_a_relu_that_two_groups_use() -> None:
     assert isinstance(folded.bn2, nn.Identity)
     assert isinstance(folded.relu, nn.ReLU)
     plan, deployed = assert_quantizes_right(model)
-    assert [layer.fused_with for layer in plan.layers] == [("bn1",), ("bn2",)]
+    assert [layer.fused_with for layer in plan.layers] == [("bn1", "relu_1"), ("bn2", "relu_2")]
+    assert (deployed(X) >= 0).all()
+    groups = [["conv1", "bn1", "relu"], ["conv2", "bn2", "relu"]]
+    for some in (groups[:1], groups[1:], groups):
+        assert_fuses_right(model, some)
+        heads = [head for head, *_ in some]
+        plan, deployed = assert_quantizes_right(model, [{"op_names": heads, "fuse_names": [tuple(group) for group in some]}])
+        assert [layer.fused_with for layer in plan.layers] == [(f"bn{h[-1]}", f"relu_{h[-1]}") for h in heads]
+        assert (deployed(X) >= 0).all()
+
+
+@pytest.mark.parametrize("relu", [nn.PReLU(), nn.ReLU()], ids=["own parameter", "hook"])
+def test_b01_an_activation_that_is_no_function_stays_one_module(relu: nn.Module) -> None:
+    model = randomised(Pair())
+    model.relu = relu
+    if isinstance(relu, nn.ReLU):
+        relu.register_forward_hook(lambda *_: None)
+    plan, _ = assert_quantizes_right(model)
+    assert [layer.fused_with for layer in plan.layers if layer.folds] == [("bn1",), ("bn2",)]
     why = "'relu' is called 2 times and 'bn1' 1 times; a shared module cannot be fused"
     assert why in notes_of(plan, "conv1")
-    assert (deployed(X) >= 0).all(), "the activation is still there"
     for mode in (True, False):
         with pytest.raises(ConfigError, match=why):
             fuse_model(model.train(mode), [["conv1", "bn1", "relu"]], example_input=X)
@@ -766,7 +783,7 @@ class Candidates(nn.Module):
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = conv(x)
             z = norm(y)
-            if i % 4 == 0:  # fused with its batch norm; the activation is shared
+            if i % 4 == 0:  # fused to its end; the activation is shared
                 x = self.shared(z)
             elif i % 4 == 1:  # a second consumer
                 x = F.relu(z) + y
@@ -786,7 +803,7 @@ def test_b15_a_report_of_24_candidates() -> None:
     for i in range(24):
         name, norm = f"convs.{i}", f"norms.{i}"
         fused, why = {
-            0: ((norm,), f"not fused further: 'shared' is called 6 times and '{norm}' 1 times; a shared module cannot be fused"),
+            0: ((norm, f"shared_{i // 4 + 1}"), ""),
             1: ((), f"not fused further: the output of '{name}' is also read by '{'add' if i == 1 else f'add_{i // 4}'}'"),
             2: ((), f"not fused further: '{norm}' has no running statistics"),
             3: ((norm, f"relu_{i // 4 * 2 + 1}"), ""),
@@ -796,7 +813,6 @@ def test_b15_a_report_of_24_candidates() -> None:
         assert "not fused" in rows[name] or not why
         assert all(member in rows[name] for member in fused)
     assert f"in float, no setting for erf: {', '.join(['erf', *(f'erf_{i}' for i in range(1, 6))])}" in report
-    assert "in float, not selected: shared" in report
     assert "never (Conv2d) is not called in the recorded forward and stays float" in report
     prepare_model(model, plan)
     with pytest.raises(

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
-from lightning_quant.graph import OUTSIDE, Graph, moved, record, split_example
+from lightning_quant.graph import OUTSIDE, Graph
+from lightning_quant.record import moved, record, split_example
 from lightning_quant.targets import tensors_in
 
 

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from toys import Lit, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model, restore_model
-from lightning_quant.graph import record
 from lightning_quant.layers import Plan
 from lightning_quant.prepare import quantizer_state
+from lightning_quant.record import record
 from lightning_quant.sites import name_of, place
 from lightning_quant.symbolic import trace
 

@@ -581,10 +581,6 @@ FLOWS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[str, ...], str]] = {
         hidden_returned_and_read, ("fc", "bn"),
         "the output of 'fc' is also read by 'add', the model's output; fused, it would not exist.",
     ),
-    "shared activation": (
-        lambda m, x: m.relu(m.fc(m.relu(x))), ("fc", "relu"),
-        "'relu' is called 2 times and 'fc' 1 times; a shared module cannot be fused.",
-    ),
     "head called twice": (
         lambda m, x: m.relu(m.fc(x)) + m.fc(x), ("fc", "relu"),
         "'relu' is called 1 times and 'fc' 2 times; a shared module cannot be fused.",
@@ -635,6 +631,15 @@ def test_convolution_and_batch_norm_without_a_batch() -> None:
     reason = "'bn' normalises dimension 1 of an input without a batch dimension; give batches (N, C, L)."
     assert error_of(model, config, torch.ones(3, 4)) == f"config_list[0]: fuse_names ('conv', 'bn'): {reason}"
     assert make_plan(model, config, example_input=torch.ones(2, 3, 4)).layers[0].members == ("bn",)
+
+
+def test_a_group_that_names_a_shared_activation_means_the_call_behind_it() -> None:
+    model = Calls(lambda m, x: m.relu(m.fc(m.relu(x))), **parts())
+    plan = make_plan(model, [{"op_types": ["Linear"], "fuse_names": [("fc", "relu")]}], example_input=ROW)
+    assert plan.layers[0].members == ("relu_2",)
+    model = Calls(lambda m, x: m.relu(m.fc(m.relu(x)) + 1), **parts())
+    text = error_of(model, [{"op_types": ["Linear"], "fuse_names": [("fc", "relu")]}], ROW)
+    assert text.endswith("fuse_names ('fc', 'relu_1'): 'relu_1' does not read the output of 'fc' (that is read by 'add').")
 
 
 @pytest.mark.parametrize(

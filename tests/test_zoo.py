@@ -25,10 +25,10 @@ from zoo import ZOO, Shape
 
 from lightning_quant import ConfigError, convert_model, export_model, fuse_model, make_plan, prepare_model
 from lightning_quant.export import onnxruntime_session
-from lightning_quant.graph import record, split_example
 from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.patterns import BatchNorm
 from lightning_quant.prepare import quantizer_state, simulated
+from lightning_quant.record import record, split_example
 from lightning_quant.targets import on_tensors, tensors_in
 
 SNAPSHOT = Path(__file__).with_name("zoo.json")
