@@ -10,11 +10,19 @@ from itertools import pairwise
 from torch import nn
 
 from lightning_quant.config import Rule
-from lightning_quant.folding import channels_of, scale_and_shift
+from lightning_quant.folding import affine_problem, channels_of, scale_and_shift
 from lightning_quant.graph import OUTSIDE, Boundary, Graph, Node
 from lightning_quant.keys import WEIGHT, Problems, closest
 from lightning_quant.matching import Draft, draft_of
-from lightning_quant.patterns import TRANSPOSED, BatchNorm, affine_of, is_add, is_batch_norm, is_head, pattern_problem, roles_of
+from lightning_quant.patterns import (
+    TRANSPOSED,
+    BatchNorm,
+    is_add,
+    is_batch_norm,
+    is_head,
+    pattern_problem,
+    roles_of,
+)
 from lightning_quant.selection import Modules
 from lightning_quant.sites import Operator, is_operator
 from lightning_quant.targets import is_activation, owner_of
@@ -168,7 +176,8 @@ def group_problem(group: tuple[str, ...], modules: Modules, selected: set[str]) 
     for name in group:
         if name not in modules.by_name:
             near = closest(name, modules.by_name)
-            return f"{name!r} is no module." + (f" Close: {', '.join(map(repr, near))}." if near else "") + modules.about(name)
+            hint = f" Close: {', '.join(map(repr, near))}." if near else ""
+            return f"{name!r} names nothing that can be fused.{hint}{modules.about(name)}"
     kernels = _kernels(group, modules.by_name)
     for kernel in kernels:
         members = [modules.by_name[name] for name in kernel]
@@ -204,11 +213,9 @@ def members_problem(group: Sequence[str], members: Sequence[nn.Module]) -> str |
         if norm.running_var is None:
             return f"{group[position]!r} has no running statistics (track_running_stats=False), so nothing can be folded."
     norm = None if roles.norm is None else members[roles.norm]
-    if norm is not None and (affine := affine_of(norm)) is not None and head._parameters.get("weight") is not None:
-        sizes = [tuple(side.shape) for side in affine(norm)]
-        if sizes != [(channels_of(head),)] * 2:
-            count = channels_of(head)
-            return f"the affine function of {group[roles.norm or 0]!r} gives shapes {sizes}, {group[roles.head]!r} makes {count}."
+    if norm is not None and (problem := affine_problem(norm, head)) is not None:
+        makes = f"{group[roles.head]!r} makes {channels_of(head)} channels"
+        return f"the affine function of {group[roles.norm or 0]!r} {problem}; {makes}."
     return _padding_problem(group, members) if roles.norm_before is not None else None
 
 
@@ -400,6 +407,10 @@ def cut_problem(draft: Draft, graph: Graph) -> str | None:
     return None
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def _edge_problem(name: str, after: str, modules: Mapping[str, nn.Module], graph: Graph) -> str | None:
     """Why `after` does not simply carry on what `name` made; None if it does, at every call."""
     calls, later = graph.calls(name), graph.calls(after)
@@ -407,7 +418,8 @@ def _edge_problem(name: str, after: str, modules: Mapping[str, nn.Module], graph
     if written is not None:
         return f"{written!r} works in place and its input is used afterwards by its old name; fused, nothing is written there."
     if len(calls) != len(later):
-        return f"{after!r} is called {len(later)} times and {name!r} {len(calls)} times; a shared module cannot be fused."
+        counts = f"{after!r} is called {_times(len(later))} and {name!r} {_times(len(calls))}"
+        return f"{counts}; a shared module cannot be fused."
     for call, follower in zip(calls, later, strict=True):
         readers = [node.name for node in graph.consumers(call.index)]
         found = f"that is read by {', '.join(map(repr, readers)) or 'nothing'}"

@@ -14,6 +14,7 @@ The batch norm that is a group's head is a layer of one weight per channel: w = 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,33 @@ def channels_of(head: nn.Module) -> int:
     """How many channels a weighted layer makes."""
     weight = weight_of(head)
     return weight.shape[1] * head.groups if isinstance(head, TRANSPOSED) else weight.shape[0]
+
+
+def affine_problem(norm: nn.Module, head: nn.Module) -> str | None:
+    """Why the user's function does not say what a norm behind `head` does; None if it does, or there is none.
+
+    Held against the norm's own forward in eval mode, on a tensor of the head's output's dimensions.
+    """
+    affine, weight = affine_of(norm), head._parameters.get("weight")
+    if affine is None or weight is None:
+        return None
+    channels = channels_of(head)
+    scale, shift = affine(norm)
+    if (found := [tuple(scale.shape), tuple(shift.shape)]) != [(channels,)] * 2:
+        return f"gives shapes {found}"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *[3] * (weight.dim() - 2), generator=generator).to(scale)
+    alone = copy.deepcopy(norm).eval()
+    alone._forward_hooks.clear()
+    alone._forward_pre_hooks.clear()
+    with torch.no_grad():
+        try:
+            y = alone(x)
+        except Exception as error:  # noqa: BLE001  (the user's own forward)
+            return f"cannot be held against its forward, which fails on a tensor of shape {tuple(x.shape)}: {error}"
+        shape = [1, channels, *[1] * (x.dim() - 2)]
+        difference = (y - (x * scale.view(shape) + shift.view(shape))).abs().max() / (y.abs().max() + 1e-12)
+    return None if difference <= 1e-3 else f"is not what it computes in eval mode: relative difference {float(difference):.2g}"
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,10 @@ def _plan(model: nn.Module, groups: Sequence[Sequence[str]] | None, example_inpu
         "fuse_names": fuse,
         "high_precision_output": False,
     }
-    plan = plan_from_graph(model, [entry], graph)
+    try:
+        plan = plan_from_graph(model, [entry], graph)
+    except ConfigError as error:  # it is not the user's entry
+        raise ConfigError(str(error).replace("config_list[0]: fuse_names ", "fuse_model: group ")) from None
     return replace(plan, layers=tuple(layer for layer in plan.layers if layer.fused_with))
 
 

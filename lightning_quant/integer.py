@@ -119,6 +119,15 @@ class Rounding(nn.Module):
         return f"{self.low}..{self.high}" + (" for each block" if self.grid is None else "")
 
 
+def carrying(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`act` in the dtype of what it is given."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return act(x).to(x.dtype)
+
+    return rounded
+
+
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 

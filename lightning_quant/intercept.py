@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_quant.fusion import Ending
 from lightning_quant.group import Made, drop_bound_forward, is_group_head, made_class, own_class
-from lightning_quant.integer import Rounding
+from lightning_quant.integer import Rounding, carrying
 from lightning_quant.quantizers import ActivationQuantizer, Grid
 from lightning_quant.sites import MADE_HERE, SHARED, Operator, Place, Site, always, name_of, place, with_tensors
 from lightning_quant.targets import tensors_in, with_outputs
@@ -138,26 +138,18 @@ class RoundedOperator(nn.Module):
                 return self.run(func, args, kwargs)
         for position, act in zip(self.positions, self.rounds_in, strict=True):
             if position < len(tensors) and tensors[position].is_floating_point():
-                tensors[position] = _carrying(act)(tensors[position])
+                tensors[position] = carrying(act)(tensors[position])
         args, kwargs = with_tensors((args, kwargs), tensors)
         made = func(*args, **kwargs)
         if self.clamp is not None:
             made = made.clamp(*self.clamp)
         if self.end is not None:
-            return _carrying(self.end)(made)
-        return with_outputs(made, dict(zip(self.targets, map(_carrying, self.rounds_out), strict=True)))
+            return carrying(self.end)(made)
+        return with_outputs(made, dict(zip(self.targets, map(carrying, self.rounds_out), strict=True)))
 
     def extra_repr(self) -> str:
         """What is rounded."""
         return f"{len(self.positions)} inputs, {len(self.targets) + (self.end is not None)} outputs, float arithmetic"
-
-
-def _carrying(act: Any) -> Callable[[Tensor], Tensor]:
-    def rounded(x: Tensor) -> Tensor:
-        y: Tensor = act(x)
-        return y.to(x.dtype)
-
-    return rounded
 
 
 # -- what happens at a site -------------------------------------------------------------------------------------------

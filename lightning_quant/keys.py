@@ -159,8 +159,8 @@ def _switch(value: Any, where: str, problems: Problems) -> bool | None:
     return value
 
 
-def _groups(value: Any, where: str, problems: Problems) -> tuple[tuple[str, ...], ...] | str:
-    if isinstance(value, str) and value == "auto":
+def _groups(value: Any, where: str, problems: Problems) -> tuple[tuple[str, ...], ...] | str | None:
+    if value is None or (isinstance(value, str) and value == "auto"):
         return value
     if not is_list(value):
         problems.append(f"{where}: expected a list of groups such as [('conv1', 'bn1')] or 'auto', got {value!r}.")
@@ -347,7 +347,7 @@ ENTRY: dict[str, Key] = {
     ),
     "fuse_names": Key(
         check=_groups,
-        schema={"anyOf": [{"const": "auto"}, {"type": "array", "items": _GROUP}]},
+        schema={"anyOf": [{"const": "auto"}, {"type": "null"}, {"type": "array", "items": _GROUP}]},
         values="`auto`; list of lists of 2 to 5 names",
         default="auto",
         text="Groups of names, in the order of the data, that become one layer: a weighted layer (convolution, transposed or "

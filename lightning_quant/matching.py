@@ -405,8 +405,9 @@ def _plainest(value: str | Blocks, kernel: Sequence[int], shape: Sequence[int]) 
 
 
 def idle_keys(rules: Iterable[Rule], drafts: Iterable[Draft]) -> Problems:
-    """The shorthand granularities and observers that nothing of what their entries decide can have."""
+    """The keys that nothing of what their entries decide can have."""
     problems: Problems = []
+    drafts = list(drafts)
     plans = [plan for draft in drafts for plan in draft.targets.values()]
     for rule in rules:
         mine = [plan for plan in plans if plan.decided_by == rule.where]
@@ -415,6 +416,12 @@ def idle_keys(rules: Iterable[Rule], drafts: Iterable[Draft]) -> Problems:
             problems.append(f"{rule.where}['granularity']: {rule.settings['granularity']} fits no target of this entry: {why}.")
         if mine and rule.settings.get("observer", "default") != "default" and not any(is_activation(p.target) for p in mine):
             problems.append(f"{rule.where}['observer']: observers are for activations, and this entry quantizes parameters only.")
+        heads = [d for d in drafts if is_head(d.module) and any(p.decided_by == rule.where for p in d.targets.values())]
+        if mine and rule.float_output is not None and not heads:
+            problems.append(
+                f"{rule.where}['high_precision_output']: is for convolutions and linear layers, and this entry decides for none; "
+                "to leave an output float, leave '_output_' out of target_names."
+            )
     return problems
 
 

@@ -17,9 +17,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
+from lightning_quant.keys import guess
 from lightning_quant.settings import is_kind
 from lightning_quant.sites import Operator
 
@@ -80,6 +83,18 @@ class Fusion:
 
 
 USER_ROWS: list[Fusion] = []
+_FUNCTIONS = (F, torch, Tensor)
+_NOT_ELEMENTWISE = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.Softmax,
+    nn.Softmax2d,
+    nn.LogSoftmax,
+    nn.Softmin,
+    nn.GLU,
+)
 
 
 def register_fusion(types: Sequence[type[nn.Module] | str], *, affine: Affine | None = None) -> None:
@@ -104,6 +119,10 @@ def register_fusion(types: Sequence[type[nn.Module] | str], *, affine: Affine | 
     for one in types:
         if not isinstance(one, str) and not (isinstance(one, type) and issubclass(one, nn.Module)):
             raise ConfigError(f"{place}: {one!r} is no module class and no operator's name.")
+    for one in types:
+        if isinstance(one, str) and not any(hasattr(source, one) for source in _FUNCTIONS):
+            names = [name for source in _FUNCTIONS for name in dir(source) if not name.startswith("_")]
+            raise ConfigError(f"{place}: torch has no function {one!r}.{guess(one, dict.fromkeys(names))}")
     head, *rest = types
     base = None if isinstance(head, str) else next((h for h in HEADS if issubclass(head, h) and head.forward is h.forward), None)
     if base is None or isinstance(head, str):
@@ -118,6 +137,8 @@ def register_fusion(types: Sequence[type[nn.Module] | str], *, affine: Affine | 
             )
         norm = rest[0]
     activation = rest[-1] if len(rest) == 2 or norm is None else None
+    if isinstance(activation, type) and issubclass(activation, _NOT_ELEMENTWISE):
+        raise ConfigError(f"{place}: {activation!r} does not work elementwise, so it cannot end a group; quantize it by itself.")
     row = Fusion(head=head, norm=norm, affine=affine, activation=activation)
     USER_ROWS[:] = [*(old for old in USER_ROWS if (old.head, old.norm, old.activation) != (head, norm, activation)), row]
 

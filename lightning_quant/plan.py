@@ -389,6 +389,9 @@ def _rank(module: nn.Module) -> int:
     return 0 if is_head(module) else 1 if is_batch_norm(module) else 2
 
 
+UNCAUGHT = "where nothing can catch it (in a checkpoint, a compiled function, or a forward set on the instance)"
+
+
 def _left(layers: Sequence[LayerPlan], graph: Graph, known: Mapping[str, Setting], selected: set[str]) -> dict[str, str]:
     """What computes in float, with the reason, in the order of the data; what only moves values does not compute."""
     taken = {name for layer in layers for name in (layer.name, *layer.fused_with)}
@@ -406,7 +409,7 @@ def _left(layers: Sequence[LayerPlan], graph: Graph, known: Mapping[str, Setting
             continue
         if node.kind == "function" and node.name not in graph.operators:
             weight = ".parametrizations." in f".{node.name}"
-            left[node.name] = "computes a weight" if weight else "in a checkpoint, whose second run cannot be caught"
+            left[node.name] = "computes a weight" if weight else UNCAUGHT
             continue
         if node.kind == "function" and node.index in graph.side_effects:
             left[node.name] = f"{node.op} in place, and what it wrote over is used afterwards by its old name"

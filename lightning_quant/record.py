@@ -86,7 +86,8 @@ class _Recorder(TorchFunctionMode):
         self.inside_leaf = 0
         self.inside_function = 0
         computed = [module for module in model.modules() if isinstance(module, ParametrizationList)]
-        self.computing = {self.names[id(part)] for module in computed for part in module.modules()}  # weights, no activations
+        computing = {self.names[id(part)] for module in computed for part in module.modules()}  # weights, no activations
+        self.unreachable = computing | {name for name, module in model.named_modules() if "forward" in vars(module)}
         self.operators = Operators(name for name, _ in model.named_modules())
         self.counts: list[Counter[tuple[str, Place]]] = [Counter()]  # of the calls under way: the operators run at a place
         self.parameters: dict[int, list[str]] = {}
@@ -204,7 +205,7 @@ class _Recorder(TorchFunctionMode):
             self.leaks += reads if op in TAKES_VALUES else []
             return result
         owner = self.owners[-1] if self.owners else ""
-        name = self._named(func, op, () if where is None or owner in self.computing else where, args, kwargs)
+        name = self._named(func, op, () if where is None or owner in self.unreachable else where, args, kwargs)
         for parameter in (one for tensor in read for one in self.parameters.get(id(tensor), ())):
             if parameter.rpartition(".")[0] != owner:
                 self.parameter_readers.setdefault(parameter, []).append(name)

@@ -136,9 +136,13 @@ activations, a function. Between members, dropout and identity are seen through.
 | a layer's group, add, [clamp], in `fuse_names` | the two above: a runtime adds in a kernel of its own |
 | what `register_fusion` adds | as it says |
 
-Linear and BatchNorm1d fuse on 2-D inputs only. Refused, with the reason in the plan: a module that two groups share, an output that
-something else reads, too, batch norm without running statistics, a batch norm behind an activation, a layer or norm whose forward is
-its own. Without an example input the forward is traced symbolically, where `torch.fx` can follow it.
+Linear and BatchNorm1d fuse on 2-D inputs only. Refused, with the reason in the plan: a layer or norm that two groups share, an output
+that something else reads, too, batch norm without running statistics, a batch norm behind an activation, a layer or norm whose
+forward is its own. An activation without parameters that several layers share (`self.relu` of a residual block) counts as the
+function that it calls: each call is fused where it stands and is called `layer1.0.relu_1`, `layer1.0.relu_2`, ... in the plan; in
+an entry `layer1.0.relu` and `ReLU` mean all of them, in `fuse_names` the call behind the member before it. What an in-place
+activation wrote over keeps its old values in training; a forward that reads them by the old name is refused, unless only
+training does so. Without an example input the forward is traced symbolically, where `torch.fx` can follow it.
 """
 _DEVIATIONS = """\
 ## Where this differs from NNI 3.0

@@ -43,7 +43,8 @@ def place(
 
     `until`: the frame in which the search ends. None if a module is called in between: then the operator is that module's.
     Without `until`, the innermost call of a module ends it (or what else `ends` has); None if there is a checkpoint on the way,
-    whose second run, in backward, is not under that forward. `known`: whether a module counts; others are code like any.
+    whose second run, in backward, is not under that forward, or a compiled function, which will not call Python. `known`:
+    whether a module counts; others are code like any.
     """
     found: list[tuple[str, int, int]] = []
     frame: FrameType | None = sys._getframe(2)
@@ -56,7 +57,7 @@ def place(
             if known is always or known(frame.f_locals.get("self")):
                 return tuple(found) if until is None else None
             found += [MADE_HERE] * (code is _CALL)
-        elif until is None and name == "torch.utils.checkpoint":
+        elif until is None and (name == "torch.utils.checkpoint" or code.co_name == "compile_wrapper"):
             return None
         elif not name.startswith(_ON_THE_WAY):  # how torch got here
             found.append((code.co_name, code.co_firstlineno, frame.f_lasti))
@@ -78,7 +79,7 @@ def plain_name(name: str) -> str:
     name = name.strip("_")
     for prefix in ("i", "r"):
         if name[:1] == prefix and name[1:] in {"add", "sub", "mul", "div", "truediv", "floordiv", "matmul", "pow", "mod"}:
-            return name[1:]
+            name = name[1:]
     return _SYNONYMS.get(name, name)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
 from lightning_quant.group import KEY, Group, Member, hidden, leave, own_class
-from lightning_quant.integer import Rounding, integer_tensor
+from lightning_quant.integer import Rounding, carrying, integer_tensor
 from lightning_quant.quantizers import ActivationQuantizer, fake_quantize_weight
 from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
 
@@ -210,9 +210,9 @@ class QuantizedModule(nn.Module):
         else:
             assert self.inner is not None
             module, forward = self.inner, self.inner.forward
-        rounds = [_carrying(act) for act in self.rounds_in]
+        rounds = [carrying(act) for act in self.rounds_in]
         inputs = [(argument, rounds[i]) for argument, i in zip(self.arguments, self.first, strict=True)]
-        outputs = {target: _carrying(act) for target, act in zip(self.targets, self.rounds_out, strict=True)}
+        outputs = {target: carrying(act) for target, act in zip(self.targets, self.rounds_out, strict=True)}
         with _ONE_AT_A_TIME, hidden(module, {name: self._value(name) for name in self.parameter_dtypes}):
             return _rounded_call(forward, inputs, outputs, args, kwargs)
 
@@ -234,13 +234,3 @@ class QuantizedModule(nn.Module):
 
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _carrying(act: Any) -> Round:
-    """`act` in the dtype of what it is given."""
-
-    def rounded(x: Tensor) -> Tensor:
-        y: Tensor = act(x)
-        return y.to(x.dtype)
-
-    return rounded

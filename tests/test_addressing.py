@@ -226,7 +226,7 @@ def test_an_operator_without_a_setting_says_how_to_register_one(seen: bool) -> N
     assert by_type.startswith("config_list[0]: op_types 'div' matches no module; the model has BatchNorm2d (4), Block (2), ")
     assert by_type.endswith(f"add (3), cat (1), mean (1), mul (2), relu (4). {how}")
     member = error_of({"op_types": ["Linear"], "fuse_names": [("fc1", "div")]}, seen=seen)
-    assert member == f"config_list[0]: fuse_names ('fc1', 'div'): 'div' is no module. {how}"
+    assert member == f"config_list[0]: fuse_names ('fc1', 'div'): 'div' names nothing that can be fused. {how}"
     QuantizationSetting.register("div", {"_input_": {}, "_output_": {}})
     assert list(planned({"op_types": ["div"]}, seen=seen).layers[0].targets) == ["_input_", "_output_"]
 
@@ -244,7 +244,10 @@ def test_an_operator_that_is_never_called_says_so() -> None:
     [
         ({"op_names": ["stage.0.add_1"]}, "op_names 'stage.0.add_1' matches no module."),
         ({"op_types": ["Linear"], "exclude_op_names": ["add"]}, "exclude_op_names 'add' matches no module."),
-        ({"op_types": ["Conv2d"], "fuse_names": [("stage.0.conv1", "add")]}, "'add' is no module."),
+        (
+            {"op_types": ["Conv2d"], "fuse_names": [("stage.0.conv1", "add")]},
+            "'add' names nothing that can be fused.",
+        ),
     ],
     ids=str,
 )

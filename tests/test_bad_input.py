@@ -298,10 +298,6 @@ WORDS: dict[str, Row] = {
         linear(fuse_names="conv1"),
         f"{FIRST}['fuse_names']: expected a list of groups such as [('conv1', 'bn1')] or 'auto', got 'conv1'.",
     ),
-    "fuse_names as None": row(
-        linear(fuse_names=None),
-        f"{FIRST}['fuse_names']: expected a list of groups such as [('conv1', 'bn1')] or 'auto', got None.",
-    ),
     "one group without its list": row(
         linear(fuse_names=("conv1", "bn1")),
         f"{FIRST}['fuse_names']: expected a list of groups, got one group; write [('conv1', 'bn1')].",
@@ -575,17 +571,22 @@ MODULES: dict[str, Row] = {
         names("fc1", target_names=["weight", "bias"], observer="minmax"),
         f"{FIRST}['observer']: observers are for activations, and this entry quantizes parameters only.",
     ),
+    "high-precision output of no layer": row(
+        [{"op_types": ["ReLU"], "high_precision_output": True}],
+        f"{FIRST}['high_precision_output']: is for convolutions and linear layers, and this entry decides for none; to leave an "
+        "output float, leave '_output_' out of target_names.",
+    ),
     "a buffer": row(
         names("bn1", target_names=["running_mean"]),
         f"{FIRST}: the running_mean of 'bn1' is a buffer; targets are parameters, arguments and outputs.",
     ),
     "an unknown member": row(
         names("conv1", fuse_names=[("conv1", "bn9")]),
-        f"{FIRST}: fuse_names ('conv1', 'bn9'): 'bn9' is no module. Close: 'bn2', 'bn1'.",
+        f"{FIRST}: fuse_names ('conv1', 'bn9'): 'bn9' names nothing that can be fused. Close: 'bn2', 'bn1'.",
     ),
     "an unknown member like no other": row(
         names("conv1", fuse_names=[("conv1", "zzzzz")]),
-        f"{FIRST}: fuse_names ('conv1', 'zzzzz'): 'zzzzz' is no module.",
+        f"{FIRST}: fuse_names ('conv1', 'zzzzz'): 'zzzzz' names nothing that can be fused.",
     ),
     "a head that is not selected": row(
         names("conv1", fuse_names=[("fc1", "relu1")]),

@@ -149,7 +149,7 @@ def test_b01_an_activation_that_is_no_function_stays_one_module(relu: nn.Module)
         relu.register_forward_hook(lambda *_: None)
     plan, _ = assert_quantizes_right(model)
     assert [layer.fused_with for layer in plan.layers if layer.folds] == [("bn1",), ("bn2",)]
-    why = "'relu' is called 2 times and 'bn1' 1 times; a shared module cannot be fused"
+    why = "'relu' is called 2 times and 'bn1' once; a shared module cannot be fused"
     assert why in notes_of(plan, "conv1")
     for mode in (True, False):
         with pytest.raises(ConfigError, match=why):
@@ -215,7 +215,7 @@ def test_b04_a_convolution_called_twice_with_its_batch_norm() -> None:
 
 
 def test_b04_a_convolution_with_a_batch_norm_for_each_level() -> None:
-    model, why = randomised(Levels()), "'bn1' is called 1 times and 'conv1' 2 times; a shared module cannot be fused"
+    model, why = randomised(Levels()), "'bn1' is called once and 'conv1' 2 times; a shared module cannot be fused"
     assert isinstance(assert_fuses_right(model).bn1, nn.BatchNorm2d)
     with pytest.raises(ConfigError, match=why):
         fuse_model(model, [["conv1", "bn1"]], example_input=X)
@@ -750,10 +750,13 @@ NOTHING: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"op_types": ["Conv2D"]}, r"op_types 'Conv2D' matches no module; .*Did you mean 'Conv2d'\?"),
     "pattern": ({"op_names_re": [r"layer\d"]}, r"op_names_re 'layer\\\\d' matches no module; the model has 'conv1'"),
     "exclusion": ({"op_types": ["Conv2d"], "exclude_op_names": ["conv9"]}, "exclude_op_names 'conv9' matches no module"),
-    "group": ({"op_names": ["conv1"], "fuse_names": [("conv1", "bm1")]}, r"'bm1' is no module. Close: 'bn1'"),
+    "group": (
+        {"op_names": ["conv1"], "fuse_names": [("conv1", "bm1")]},
+        r"'bm1' names nothing that can be fused. Close: 'bn1'",
+    ),
     "operator in a group": (
         {"op_names": ["conv1"], "fuse_names": [("conv1", "bn1", "rely")]},
-        "'rely' is no module. Close: 'relu'",
+        "'rely' names nothing that can be fused. Close: 'relu'",
     ),
 }
 
@@ -765,8 +768,9 @@ def test_b14_what_matches_nothing_is_an_error_with_close_matches(case: str) -> N
     with pytest.raises(ConfigError, match=message):
         make_plan(Operators(), [entry], example_input=X)
     if "fuse_names" in entry:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as caught:
             fuse_model(Operators(), [list(group) for group in entry["fuse_names"]], example_input=X)
+        assert str(caught.value).startswith("fuse_model: group ")
 
 
 class Candidates(nn.Module):

@@ -176,6 +176,7 @@ def test_a_preset_stands_for_its_entries(name: str) -> None:
 @pytest.mark.parametrize("shape", [list, tuple])
 def test_auto_and_groups(shape: Any) -> None:
     assert rule(fuse_names="auto").fuse == "auto"
+    assert rule(fuse_names=None).fuse is None
     assert rule(fuse_names=shape([shape(["a", "b"]), ("c", "d", "e")])).fuse == (("a", "b"), ("c", "d", "e"))
 
 
@@ -344,7 +345,6 @@ GROUPS = "expected a list of groups such as [('conv1', 'bn1')] or 'auto', got"
     [
         ("fuse_names", "conv1", "", f"{GROUPS} 'conv1'."),
         ("fuse_names", "Auto", "", f"{GROUPS} 'Auto'."),
-        ("fuse_names", None, "", f"{GROUPS} None."),
         ("fuse_names", True, "", f"{GROUPS} True."),
         ("fuse_names", {"a": "b"}, "", f"{GROUPS} {{'a': 'b'}}."),
         ("fuse_names", ["conv1"], "[0]", "expected a tuple or list of module names, got 'conv1'."),

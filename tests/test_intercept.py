@@ -8,6 +8,7 @@ import copy
 import functools
 import pickle
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from toys import Lit, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model, restore_model
 from lightning_quant.layers import Plan
+from lightning_quant.plan import UNCAUGHT
 from lightning_quant.prepare import quantizer_state
 from lightning_quant.record import record
 from lightning_quant.sites import name_of, place
@@ -97,6 +99,10 @@ def test_names_count_within_the_owner_and_never_meet_a_module() -> None:
     inner = Calls(lambda m, x: x + 1 + 2)
     outer = Calls(lambda m, x: m.inner(x) + m.add(x) + 1, inner=inner, add=nn.Identity())
     assert list(record(outer, torch.ones(2)).operators) == ["inner.add", "inner.add_1", "add_1", "add_2"]
+
+
+def test_a_division_has_one_name() -> None:
+    assert {name_of(f) for f in (torch.div, Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__itruediv__, Tensor.div_)} == {"div"}
 
 
 def test_the_name_of_something_without_one_is_its_type() -> None:
@@ -674,6 +680,36 @@ def test_a_trace_sees_what_a_recorded_forward_sees(make: Callable[[], nn.Module]
             twin.train()(x)
         states.append(quantizer_state(twin))
     assert states[0] == states[1]
+
+
+class Out(nn.Module):
+    """An operator where no call of it can be caught."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(3, 3), how
+        self.compiled = torch.compile(lambda x: F.silu(x) + 1, backend="eager")
+        if how == "instance":
+            self.forward = types.MethodType(type(self).forward, self)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        z: Tensor = self.compiled(y) if self.how == "compiled" else F.silu(y) + 1
+        return z
+
+
+@pytest.mark.parametrize("how", ["compiled", "instance"])
+def test_operators_that_nothing_can_catch_stay_float_and_the_plan_says_so(how: str) -> None:
+    model, x = Out(how), torch.randn(4, 3)
+    plan = make_plan(model, "int8", example_input=x)
+    assert [(layer.name, layer.fused_with) for layer in plan.layers] == [("fc", ())]
+    assert plan.left == {"silu": UNCAUGHT, "add": UNCAUGHT}
+    with pytest.raises(ConfigError, match="'silu' matches no module"):
+        make_plan(model, [{"op_types": ["silu"]}], example_input=x)
+    prepare_model(model, plan)
+    with torch.no_grad():
+        model.train()(x)
+        assert torch.equal(convert_model(model)(x), model.eval()(x))
 
 
 @pytest.mark.parametrize(

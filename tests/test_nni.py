@@ -795,7 +795,11 @@ def fused_plan(entry: dict[str, Any], net: nn.Module | None = None) -> Plan:
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("member configured", {"op_names": ["conv", "bn"], "fuse_names": [("conv", "bn")]}, "'bn' is also quantized by its name"),
     ("head not selected", {"op_names": ["pool"], "fuse_names": [("conv", "bn")]}, "but this entry does not select it"),
-    ("unknown name", {"fuse_names": [("conv", "bnn")]}, "'bnn' is no module. Close: 'bn'"),
+    (
+        "unknown name",
+        {"fuse_names": [("conv", "bnn")]},
+        "'bnn' names nothing that can be fused. Close: 'bn'",
+    ),
     ("unsupported types", {"fuse_names": [("conv", "pool")]}, r"\(Conv2d, MaxPool2d\) is no pattern that fuses"),
     ("wrong order", {"fuse_names": [("conv", "act", "bn")]}, r"\(Conv2d, ReLU, BatchNorm2d\) is no pattern that fuses"),
     ("not neighbours", {"fuse_names": [("conv", "act")]}, "'act' does not read the output of 'conv'"),

@@ -561,6 +561,43 @@ def test_a_pattern_registered_again_takes_the_place_of_the_first() -> None:
     assert "Of your own: (Conv2d, Frozen)." in str(pattern_problem([nn.Conv2d(1, 1, 1), Swish()]))
 
 
+WRONG_AFFINE: dict[str, tuple[Any, str]] = {
+    "values": (
+        lambda norm: (norm.scale * 1.1, norm.shift),
+        "is not what it computes in eval mode: relative difference 0.1",
+    ),
+    "shapes": (lambda norm: (norm.scale[:3], norm.shift), r"gives shapes \[\(3,\), \(8,\)\]; 'layer' makes 8 channels"),
+}
+
+
+@pytest.mark.usefixtures("own_rows")
+@pytest.mark.parametrize("case", WRONG_AFFINE)
+def test_an_affine_function_is_held_against_the_norms_forward(case: str) -> None:
+    function, message = WRONG_AFFINE[case]
+    register_fusion((nn.Conv2d, Frozen), affine=function)
+    net, x = One(nn.Conv2d(4, 8, 3), Frozen(8), nn.ReLU()), torch.randn(8, 4, 6, 6)
+    with pytest.raises(ConfigError, match=f"the affine function of 'norm' {message}"):
+        make_plan(net, [{"op_names": ["layer"], "fuse_names": [("layer", "norm")]}], example_input=x)
+    (layer,) = make_plan(net, [{"op_names": ["layer"]}], example_input=x).layers
+    assert layer.fused_with == ()
+    assert "not fused further: the affine function of 'norm'" in str(layer.notes)
+
+
+class Strict(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] == 8, "eight at a time"
+        return super().forward(x)
+
+
+@pytest.mark.usefixtures("own_rows")
+def test_an_affine_function_of_a_norm_that_cannot_be_tried_is_not_believed() -> None:
+    register_fusion((nn.Conv2d, Strict), affine=affine)
+    net, x = One(nn.Conv2d(4, 8, 3), Strict(8), nn.ReLU()), torch.randn(8, 4, 6, 6)
+    message = r"cannot be held against its forward, which fails on a tensor of shape \(2, 8, 3, 3\): eight at a time"
+    with pytest.raises(ConfigError, match=message):
+        make_plan(net, [{"op_names": ["layer"], "fuse_names": [("layer", "norm")]}], example_input=x)
+
+
 class OwnConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input * 2)
@@ -590,6 +627,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a norm without affine": (
         (nn.Conv2d, Frozen, nn.Mish),
         f"register_fusion: {Frozen!r} stands where a norm does; give `affine`, a function from the module to (scale, shift).",
+    ),
+    "a misspelt operator": ((nn.Conv2d, "mihs"), "register_fusion: torch has no function 'mihs'. Did you mean 'mish'?"),
+    "no activation": (
+        (nn.Conv2d, nn.BatchNorm2d, nn.Softmax),
+        f"register_fusion: {nn.Softmax!r} does not work elementwise, so it cannot end a group; quantize it by itself.",
     ),
     "a norm of other dimensions": (
         (nn.Conv2d, nn.BatchNorm1d, nn.Mish),

@@ -422,9 +422,9 @@ PATTERN = (
 @pytest.mark.parametrize(
     ("group", "text"),
     [
-        (("conv1", "bn9"), "'bn9' is no module. Close: 'bn2', 'bn1'."),
-        (("conv1", "zzzzz"), "'zzzzz' is no module."),
-        (("zzzzz", "bn1"), "'zzzzz' is no module."),
+        (("conv1", "bn9"), "'bn9' names nothing that can be fused. Close: 'bn2', 'bn1'."),
+        (("conv1", "zzzzz"), "'zzzzz' names nothing that can be fused."),
+        (("zzzzz", "bn1"), "'zzzzz' names nothing that can be fused."),
         (("bn1", "relu1"), "'bn1' heads the group, but this entry does not select it; add it to op_names."),
         (("relu1", "bn1"), f"(ReLU, BatchNorm2d) {PATTERN}"),
         (("bn1", "conv2"), "'bn1' stands before 'conv2', which pads: what is padded is not normalised, so it cannot be folded."),
@@ -583,10 +583,10 @@ FLOWS: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[str, ...], str]] = {
     ),
     "head called twice": (
         lambda m, x: m.relu(m.fc(x)) + m.fc(x), ("fc", "relu"),
-        "'relu' is called 1 times and 'fc' 2 times; a shared module cannot be fused.",
+        "'relu' is called once and 'fc' 2 times; a shared module cannot be fused.",
     ),
     "member not called": (
-        lambda m, x: m.fc(x), ("fc", "bn"), "'bn' is called 0 times and 'fc' 1 times; a shared module cannot be fused.",
+        lambda m, x: m.fc(x), ("fc", "bn"), "'bn' is called 0 times and 'fc' once; a shared module cannot be fused.",
     ),
     "written over": (
         in_place, ("fc", "inplace"),

@@ -162,6 +162,15 @@ def test_calls_are_selected_by_the_activation_and_one_by_one(case: str) -> None:
     assert torch.equal(evaluated(convert_model(model)), evaluated(model))
 
 
+def test_it_may_have_two_names() -> None:
+    model = net(False)
+    assert model[0].relu2 is model[0].relu
+    plans = [make_plan(model, [{"op_names": [name]}], example_input=X) for name in ("0.relu", "0.relu2")]
+    assert [[layer.name for layer in plan.layers] for plan in plans] == [["0.relu_1", "0.relu_2"]] * 2
+    entry = {"op_names": ["0.add"], "fuse_names": [("0.add", "0.relu2")]}
+    assert make_plan(model, [entry], example_input=X).layers[0].fused_with == ("0.relu_2",)
+
+
 def test_a_call_alone_says_whose_it_is() -> None:
     plan = make_plan(net(False), [{"op_names": ["0.relu"]}], example_input=X)
     assert [layer.notes for layer in plan.layers] == [("a call of 0.relu",)] * 2
