@@ -27,6 +27,7 @@ from lightning_quant import QuantFusionCallback, load_deployed
 from lightning_quant.export import export_model, onnxruntime_session
 from lightning_quant.prepare import simulated
 
+pytestmark = pytest.mark.slow  # four epochs of all of MNIST
 ROOT = Path(__file__).parents[1]
 LATER_RATE = 2e-4
 
