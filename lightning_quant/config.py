@@ -56,6 +56,7 @@ class TensorSpec:
     qmax: int
     apply_method: str = "qat_clamp_round"
     observer: str = "default"
+    method: str = "qat"
 
     @classmethod
     def make(cls, dtype: str, scheme: str, granularity: str | Blocks, *, weight: bool, **rest: str) -> TensorSpec:

@@ -15,26 +15,25 @@ The batch norm that is a group's head is a layer of one weight per channel: w = 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.config import TensorSpec
 from lightning_quant.integer import FoldedWeight, one_a_block, storage
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, affine_of
-from lightning_quant.quantizers import fake_quantize_weight, quantize_weight, weight_grid
+from lightning_quant.weights import WeightQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A weighted layer with its norms: what a fold reads. `weight`, `bias`: the grids of its parameters, or None."""
+    """A weighted layer with its norms: what a fold reads. `weight`, `bias`: the quantizers of its parameters, or None."""
 
     head: nn.Module
     norm_before: nn.Module | None = None
     norm: nn.Module | None = None
-    weight: TensorSpec | None = None
-    bias: TensorSpec | None = None
+    weight: WeightQuantizer | None = None
+    bias: WeightQuantizer | None = None
 
 
 def weight_of(head: nn.Module) -> nn.Parameter:
@@ -126,15 +125,22 @@ def rounded_weight(layer: Layer) -> Tensor:
     Where a norm's k stands outside the grid's own scales (one for each output channel, symmetric), the fold changes nothing of
     the integers and the weight is rounded as it is.
     """
-    weight, spec = weight_of(layer.head), layer.weight
-    assert spec is not None
-    norms_matter = layer.norm_before is not None or spec.kernel(weight.dim())[0] != 1 or isinstance(layer.head, TRANSPOSED)
+    weight, quantizer = weight_of(layer.head), layer.weight
+    assert quantizer is not None
+    if _commutes(layer, quantizer):
+        return quantizer.rounded(weight)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    factor = _factor(layer, wide) if norms_matter else None
+    factor = _factor(layer, wide)
     channel = None
     if isinstance(layer.head, TRANSPOSED):
         channel = (weight.shape[0] // layer.head.groups, 1, *[-1] * (weight.dim() - 2))
-    return fake_quantize_weight(weight, spec, factor, channel)
+    return quantizer.rounded(weight, factor, channel)
+
+
+def _commutes(layer: Layer, quantizer: WeightQuantizer) -> bool:
+    """Whether the norms of a layer multiply the scales of its weight and leave the integers."""
+    alone = layer.norm_before is None and not isinstance(layer.head, TRANSPOSED)
+    return quantizer.unfolded or (alone and quantizer.commutes(weight_of(layer.head)))
 
 
 def _folded_bias(layer: Layer) -> Tensor:
@@ -142,7 +148,8 @@ def _folded_bias(layer: Layer) -> Tensor:
     weight, parameter = weight_of(layer.head), layer.head._parameters.get("bias")
     bias: Tensor | None = parameter
     if bias is not None and layer.bias is not None:
-        bias = fake_quantize_weight(bias.detach(), layer.bias)
+        with torch.no_grad():
+            bias = layer.bias.rounded(bias)
     b = weight.new_zeros(channels_of(layer.head), dtype=torch.float64) if bias is None else bias.detach().double()
     if layer.norm_before is not None:
         w = (weight if layer.weight is None else rounded_weight(layer)).detach().double()
@@ -167,19 +174,21 @@ def _signs(layer: Layer) -> Tensor | None:
 
 def fold(layer: Layer) -> FoldedWeight:
     """The layer's weight on the integers that training used, with its norms folded in."""
-    spec, head = layer.weight, layer.head
-    assert spec is not None
-    w = weight_of(head).detach()
+    quantizer, head = layer.weight, layer.head
+    assert quantizer is not None
+    spec, w = quantizer.spec, weight_of(head).detach()
     w = w if w.dtype == torch.float64 else w.float()
     factor = _factor(layer, torch.float64)
-    if spec.kernel(w.dim())[0] == 1 and layer.norm_before is None and not isinstance(head, TRANSPOSED):
-        grid = weight_grid(w, spec)  # (1) in fusion.py: the integers are those of the unfolded weight
-        q, scale = quantize_weight(w, grid, spec), grid.scale.double()
+    if _commutes(layer, quantizer):
+        grid = quantizer.grid(w)  # (1) in fusion.py: the integers are those of the unfolded weight
+        q, scale = quantizer.integers(w, grid), grid.scale.double()
         scale = scale if factor is None else scale * factor
+        if factor is not None and spec.granularity == "per_tensor":  # one scale, times one for each channel
+            spec = replace(spec, granularity="out_channel")
     else:
         folded = w if factor is None else w * factor.to(w.dtype)
-        grid = weight_grid(folded, spec)
-        q, scale = quantize_weight(folded, grid, spec), grid.scale.double()
+        grid = quantizer.grid(folded)
+        q, scale = quantizer.integers(folded, grid), grid.scale.double()
     zero, negative = grid.zero_point, _signs(layer)
     # sign(k) goes into the integers: -q, or the mirror of q on an unsigned grid; the zero point goes with them.
     mirror = spec.qmin + spec.qmax

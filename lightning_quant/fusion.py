@@ -39,8 +39,9 @@ from lightning_quant.folding import Layer, channel_float, channel_weight, fold, 
 from lightning_quant.group import KEY, Group, Member, Strays, hidden, join
 from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
-from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, fake_quantize_weight
+from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid
 from lightning_quant.sites import Operator
+from lightning_quant.weights import WeightQuantizer
 
 # -- the state that the members of a group share ----------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ class FusedGroup(Ending):
         norm_before, norm: the norms before and behind the head, or None.
         input: quantizer of the group's input, or None. `input_owned`: this group moves its range; `input_applied`: the
             tensor arrives unrounded, so the group rounds it.
-        weight, bias: grids of the head's parameters, or None.
+        weight, bias: quantizers of the head's parameters, or None.
     """
 
     def __init__(
@@ -172,9 +173,9 @@ class FusedGroup(Ending):
         input: ActivationQuantizer | None,
         input_owned: bool,
         input_applied: bool,
-        weight: TensorSpec | None,
+        weight: WeightQuantizer | None,
         output: ActivationQuantizer | None,
-        bias: TensorSpec | None = None,
+        bias: WeightQuantizer | None = None,
         norm_before: nn.Module | None = None,
         inner: ActivationQuantizer | None = None,
     ) -> None:
@@ -224,7 +225,7 @@ class FusedGroup(Ending):
             rounded["weight"] = rounded_weight(self.layer(head))
         bias = head._parameters.get("bias")
         if self.bias is not None and bias is not None:
-            rounded["bias"] = fake_quantize_weight(bias, self.bias)
+            rounded["bias"] = self.bias.rounded(bias)
         return rounded
 
 
@@ -357,8 +358,9 @@ def deployed_layer(head: nn.Module, group: FusedGroup) -> nn.Module:
     end = group.inner if curve else group.output
     x, y = (None if quantizer is None else quantizer.grid() for quantizer in (group.input, end))
     rectify = None if group.clamp is None or isinstance(y, Grid) else group.clamp
-    specs = [quantizer.spec for quantizer in (group.input, end) if quantizer is not None]
-    whole = all(map(runs_on_integers, specs if normalises else [*specs, group.weight]))
+    specs: list[TensorSpec | None] = [quantizer.spec for quantizer in (group.input, end) if quantizer is not None]
+    specs += [] if normalises else [None if group.weight is None else group.weight.spec]
+    whole = all(map(runs_on_integers, specs))
     whole = whole and isinstance(x, Grid) and (isinstance(y, Grid) or geometry.kind == "linear")
     if whole and not isinstance(head, TRANSPOSED):  # no CPU runtime has an integer kernel for transposed convolutions
         assert isinstance(x, Grid) and not isinstance(y, BlockGrid)

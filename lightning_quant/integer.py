@@ -27,7 +27,8 @@ from torch import Tensor, nn
 import lightning_quant.operators  # noqa: F401  (registers them)
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.operators import along_channels
-from lightning_quant.quantizers import BlockGrid, Grid, quantize_weight, weight_grid
+from lightning_quant.quantizers import BlockGrid, Grid
+from lightning_quant.weights import WeightQuantizer
 
 EXACT_FLOAT32 = 2**24
 _INT32_MAX = 2**31 - 1
@@ -53,12 +54,12 @@ def storage(spec: TensorSpec) -> torch.dtype:
     return torch.int8 if spec.bits <= 8 else torch.int16
 
 
-def integer_tensor(weight: Tensor, spec: TensorSpec) -> IntegerTensor:
+def integer_tensor(weight: Tensor, quantizer: WeightQuantizer) -> IntegerTensor:
     """A parameter on its grid as training rounded it; any float dtype, any shape."""
-    w = weight.detach()
+    w, spec = weight.detach(), quantizer.spec
     w = w if w.dtype == torch.float64 else w.float()
-    grid = weight_grid(w, spec)
-    q, dtype = quantize_weight(w, grid, spec), storage(spec)
+    grid = quantizer.grid(w)
+    q, dtype = quantizer.integers(w, grid), storage(spec)
     zero = grid.zero_point
     return IntegerTensor(
         q=(q - spec.offset).to(dtype),

@@ -23,7 +23,8 @@ from lightning_quant.record import moved
 from lightning_quant.schedule import Phase
 from lightning_quant.settings import kept_bases
 from lightning_quant.sites import SHARED, Operator
-from lightning_quant.targets import Arguments, is_activation, is_input
+from lightning_quant.targets import Arguments, is_activation, is_input, owner_of
+from lightning_quant.weights import WEIGHT_METHODS, WeightQuantizer
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
 
@@ -161,8 +162,9 @@ def _make_group(
         arrives_rounded = source is not None and (not is_input(name) or f".{OUTPUT}" in source)
         return quantizers[origin], source is None, not arrives_rounded
 
-    parameters = {name: target.spec for name, target in targets.items() if not is_activation(name)}
     module = modules[layer.name]
+    own = {name: target.spec for name, target in targets.items() if not is_activation(name)}
+    parameters = {name: _weight_quantizer(layer.name, module, name, spec) for name, spec in own.items()}
     activation = None if layer.activation is None else modules[layer.activation]
     if layer.operator:
         arguments = Arguments(type(module))
@@ -197,6 +199,13 @@ def _make_group(
         inner=None if layer.inner is None else quantizers[f"{layer.name}.{layer.inner.target}"],
         output=quantizers[f"{layer.name}.{OUTPUT}"] if OUTPUT in targets else None,
     )
+
+
+def _weight_quantizer(layer: str, module: nn.Module, name: str, spec: TensorSpec) -> WeightQuantizer:
+    owner, own_name = owner_of(module, name)
+    parameter = owner._parameters[own_name]
+    assert parameter is not None
+    return WEIGHT_METHODS[spec.method](spec, f"{layer}.{name}", parameter)
 
 
 def _shares(group: Group, layer: LayerPlan) -> dict[Any, Share]:

@@ -85,6 +85,13 @@ def block_range(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return split.amin(dims), split.amax(dims)
 
 
+def block_mean(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The mean of each block, as `block_range` has its ends."""
+    sizes = [size if block == -1 else block for block, size in zip(kernel, x.shape, strict=True)]
+    split = x.reshape([part for size, block in zip(x.shape, sizes, strict=True) for part in (size // block, block)])
+    return split.mean(tuple(range(1, 2 * x.dim(), 2)))
+
+
 def spread(values: Tensor, shape: Sequence[int]) -> Tensor:
     """One value a block, repeated along its block until it broadcasts against a tensor of `shape`."""
     for dim, (have, want) in enumerate(zip(values.shape, shape, strict=True)):
@@ -363,124 +370,3 @@ class BlockQuantizer(ActivationQuantizer):
     def state_dict(self) -> dict[str, Any]:
         """The ranges as tensors on the host, None where there are none."""
         return {key: side.cpu() if isinstance(side, Tensor) else None for key, side in (("low", self.low), ("high", self.high))}
-
-
-# -- weights --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WeightGrid:
-    """Scale (float32) and zero point (float32 integers, or None for 0) of a weight, broadcastable against it."""
-
-    scale: Tensor
-    zero_point: Tensor | None
-
-
-def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
-    """The grid of a weight by its range *now*: a lagging average would clip weights that grow (see fusion.py).
-
-    `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel,
-    () per tensor, and otherwise one value a block, spread over it. A channel of zeros gets scale 1.
-    """
-    if spec.granularity in ("per_tensor", "out_channel"):
-        keep = spec.granularity == "out_channel"
-        dims = tuple(range(1 if keep else 0, weight.dim()))
-        high, low = (
-            (weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep)) if dims else (weight.clone(), weight.clone())
-        )
-    else:
-        low, high = (spread(side, weight.shape).clone() for side in block_range(weight, spec.kernel(weight.dim())))
-    if spec.scheme == "symmetric":
-        scale = _positive(torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2))
-        zero = (spec.qmax + spec.qmin + 1) // 2
-        return WeightGrid(scale, torch.full_like(scale, zero) if zero else None)
-    high, low = high.clamp_(min=0), low.clamp_(max=0)
-    scale = _positive((high - low).div_(spec.qmax - spec.qmin))
-    return WeightGrid(scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax))
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """In place: 1 for a channel of zeros, and never so small that dividing by it overflows."""
-    return scale.masked_fill_(scale == 0, 1.0).clamp_(min=torch.finfo(scale.dtype).tiny)
-
-
-def quantize_weight(weight: Tensor, grid: WeightGrid, spec: TensorSpec) -> Tensor:
-    """The integers of a weight on `grid`, carried as floats of its dtype and shape."""
-    q = torch.div(weight, grid.scale).round_()
-    if grid.zero_point is not None:
-        q.add_(grid.zero_point)
-    return q.clamp_(spec.qmin, spec.qmax)
-
-
-class _RoundWeight(torch.autograd.Function):
-    """Symmetric about zero with the current absolute maximum: nothing can clip, so the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        return torch.div(weight, scale).round_().mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-
-class _FakeQuantizeWeight(torch.autograd.Function):
-    """With a zero point: its own rounding can push an end of the range half a step over the grid, so a mask is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, passes: bool) -> Tensor:
-        q = torch.div(weight, scale).round_().add_(zero)
-        if not passes:
-            ctx.save_for_backward((q >= qmin).logical_and_(q <= qmax))
-        return q.clamp_(qmin, qmax).sub_(zero).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0] * ctx.saved_tensors[0] if ctx.saved_tensors else grads[0]
-        return grad, None, None, None, None, None
-
-
-def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec, channel: tuple[int, ...]) -> Tensor:
-    """The step of a folded weight, seen from the unfolded weight: s / c, and another one for faint channels.
-
-    A channel whose folded weights all round to 0 (gamma near 0) would have zero batch statistics, and then neither its
-    gamma nor its running variance could ever recover. It is trained on a grid of its own; deployed it is 0 plus beta.
-    """
-    zero: Tensor | float = 0.0 if grid.zero_point is None else grid.zero_point
-    low, high = (spread(side, weight.shape) for side in block_range(weight, channel))
-    high, low = high.clamp(min=0), low.clamp(max=0)
-    above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
-    own = torch.maximum(high / above, -low / below)
-    step = grid.scale / fold
-    if step.dim() and step.numel() > high.numel():  # scales inside a channel: it is faint where all of it rounds to 0
-        most = spread(block_range((weight.abs() / step).round_(), channel)[1], weight.shape)
-    else:
-        most = (torch.maximum(high, -low) / step).round_()
-    return torch.where(most == 0, torch.where(own > 0, own, 1.0), step)
-
-
-def fake_quantize_weight(
-    weight: Tensor, spec: TensorSpec, fold: Tensor | None = None, channel: tuple[int, ...] | None = None
-) -> Tensor:
-    """A weight rounded to its grid, with gradient; same shape and dtype.
-
-    Args:
-        weight: float (C, ...).
-        spec: its grid.
-        fold: None, or what the weight is multiplied by where norms are folded into it: |gamma| / sigma, detached, >= 0, to
-            broadcast against it, (C, 1, ...) for a norm behind the layer. Then the *folded* weight `weight * fold` is what lies
-            on the grid, and `fq(weight * fold) / fold` is returned: the general weight-side path, see fusion.py.
-        channel: the block that makes one output channel, as in `block_range`; None for an index of dimension 0.
-    """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        return fake_quantize_weight(weight.float(), spec, fold, channel).to(weight.dtype)
-    with torch.no_grad():
-        data = weight.detach()
-        grid = weight_grid(data if fold is None else data * fold, spec)
-        step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
-    if grid.zero_point is None:
-        y: Tensor = _RoundWeight.apply(weight, step)
-    else:
-        passes = spec.apply_method == "clamp_round"
-        y = _FakeQuantizeWeight.apply(weight, step, grid.zero_point, spec.qmin, spec.qmax, passes)
-    return y

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.config import TensorSpec
 from lightning_quant.group import KEY, Group, Member, hidden, leave, own_class
 from lightning_quant.integer import Rounding, carrying, integer_tensor
-from lightning_quant.quantizers import ActivationQuantizer, fake_quantize_weight
+from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
+from lightning_quant.weights import WeightQuantizer
 
 Round = Callable[[Tensor], Tensor]
 _ONE_AT_A_TIME = threading.RLock()  # parameters are exchanged in the module itself, which threads of a server may share
@@ -65,7 +65,7 @@ class ModuleGroup(Group):
         name: str,
         *,
         inputs: Sequence[tuple[Argument, ActivationQuantizer, bool, bool]],
-        parameters: Mapping[str, TensorSpec],
+        parameters: Mapping[str, WeightQuantizer],
         outputs: Mapping[str, tuple[ActivationQuantizer, bool, bool]],
     ) -> None:
         super().__init__(name)
@@ -100,7 +100,7 @@ class ModuleGroup(Group):
         outputs = {target: self.rounding(*how) for target, how in self.outputs.items()}
         tensors: dict[str, Tensor] = {}
         if self.phase.quantize and (self.observing or self.ready):
-            tensors = {name: fake_quantize_weight(_parameter(head, name), spec) for name, spec in self.parameters.items()}
+            tensors = {name: quantizer.rounded(_parameter(head, name)) for name, quantizer in self.parameters.items()}
         with hidden(head, tensors):
             return _rounded_call(_own_forward(head), inputs, outputs, args, kwargs)
 
@@ -161,7 +161,7 @@ class QuantizedModule(nn.Module):
         self.parameter_dtypes: dict[str, torch.dtype] = {}
         self.inner: nn.Module | None = None
         self.stored: dict[str, tuple[str, str, str]] = {}
-        integers = {name: integer_tensor(_parameter(head, name), spec) for name, spec in group.parameters.items()}
+        integers = {name: integer_tensor(_parameter(head, name), one) for name, one in group.parameters.items()}
         for name, tensor in integers.items():
             self.parameter_dtypes[name] = _parameter(head, name).dtype
             self.stored[name] = (self._store(name.replace(".", "__"), tensor.q), "", "")

@@ -15,12 +15,13 @@ from toys import FUSED, Net
 
 from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
 from lightning_quant.config import TensorSpec
-from lightning_quant.folding import Layer, fold
+from lightning_quant.folding import Layer, fold, weight_of
 from lightning_quant.fusion import FusedGroup
 from lightning_quant.integer import Geometry
 from lightning_quant.patterns import pattern_problem
 from lightning_quant.prepare import apply_phase, prepared_groups, simulated
 from lightning_quant.schedule import Phase
+from lightning_quant.weights import WeightQuantizer
 
 BYPASS = Phase(observe=False, quantize=False)
 
@@ -189,7 +190,7 @@ def test_fold_equals_the_quantized_layer_then_batch_norm(name: str, kind: tuple[
     layer, norm, shape = copy.deepcopy(LAYERS[name])
     layer, norm = layer.double().eval(), randomised(norm).double().eval()
     spec = TensorSpec.make(*kind, granularity, weight=True)
-    folded = fold(Layer(head=layer, norm=norm, weight=spec))
+    folded = fold(Layer(head=layer, norm=norm, weight=WeightQuantizer(spec, "w", weight_of(layer))))
     x = torch.randn(shape, dtype=torch.float64)
     column = [-1, *[1] * (folded.q.dim() - 1)]
     zero = 0 if folded.zero_point is None else folded.zero_point.double().view(column)
@@ -213,7 +214,8 @@ def test_per_channel_fold_is_lossless(name: str, scheme: Any) -> None:
     """fq(w k) = k fq(w): batch norm on the layer with the rounded weight is the folded integer layer (float64)."""
     layer, norm, shape = copy.deepcopy(LAYERS[name])
     layer, norm = layer.double().eval(), randomised(norm).double().eval()
-    folded = fold(Layer(head=layer, norm=norm, weight=TensorSpec.make("int8", scheme, "out_channel", weight=True)))
+    spec = TensorSpec.make("int8", scheme, "out_channel", weight=True)
+    folded = fold(Layer(head=layer, norm=norm, weight=WeightQuantizer(spec, "w", weight_of(layer))))
     w = layer.get_parameter("weight").detach()
     flat = w.flatten(1)
     if scheme == "symmetric":  # written out again, from the equation
@@ -238,7 +240,8 @@ def test_per_channel_fold_is_lossless(name: str, scheme: Any) -> None:
 def test_a_dead_channel_is_its_beta() -> None:
     layer, norm, _ = copy.deepcopy(LAYERS["conv2d"])
     randomised(norm)
-    folded = fold(Layer(head=layer, norm=norm.eval(), weight=TensorSpec.make("int8", "symmetric", "out_channel", weight=True)))
+    spec = TensorSpec.make("int8", "symmetric", "out_channel", weight=True)
+    folded = fold(Layer(head=layer, norm=norm.eval(), weight=WeightQuantizer(spec, "w", weight_of(layer))))
     assert not folded.q[0].any()
     assert folded.bias[0].item() == pytest.approx(norm.bias[0].item())  # type: ignore[index]
 

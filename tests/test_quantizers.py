@@ -18,11 +18,9 @@ from lightning_quant.quantizers import (
     ActivationQuantizer,
     Grid,
     affine_range,
-    fake_quantize_weight,
     float32,
-    quantize_weight,
-    weight_grid,
 )
+from lightning_quant.weights import fake_quantize_weight, quantize_weight, weight_grid
 
 Array = npt.NDArray[Any]
 EPS = 2.0**-23

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the methods that train the grid of an activation, or fix it, instead of observing its range.
+
+What an optimizer is to train are Parameters of the quantizer, outside the module tree (`prepare.learned_parameters`). They begin
+from the first batch. Zero points are integers, because runtimes have no others: 0 stays a level and padding exact.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, Grid, affine_range, float32
+
+
+class _LearnedGrid(torch.autograd.Function):
+    """A tensor on the grid of a learned scale and offset: y = (clamp(round(x / s) + z, qmin, qmax) - z) s, low = qmin - z.
+
+    x gets g where x / s lies inside the ends, 0 elsewhere (Esser et al. 2020, equation 5). s gets the sum of g (round(x / s) - x / s)
+    inside and g times the end outside (equation 3), which is (sum(g y) - sum(g_x x)) / s. The offset gets the sum of g outside
+    (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: float, high: float, factor: float) -> Tensor:
+        s = float(scale) if x.device.type == "cpu" else scale
+        y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
+        ctx.save_for_backward(x, scale, y)
+        ctx.ends = low, high, factor, offset is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, y = ctx.saved_tensors
+        low, high, factor, offset = ctx.ends
+        g = grads[0]
+        if x.device.type == "cpu":
+            s = float(scale)
+            inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
+        else:
+            inside = g * (x > low * scale).logical_and_(x < high * scale)
+        by_scale = ((g * y).sum() - (inside * x).sum()).float().div_(scale).mul_(factor)
+        by_offset = (g.sum() - inside.sum()).float().mul_(factor) if offset else None
+        return inside, by_scale, by_offset, None, None, None
+
+
+class LearnedActivation(ActivationQuantizer):
+    """What quantizers with a scale of their own have in common: `_start` sets it by the first batch, nothing observed moves it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # The clamp of the grid is the ReLU where the grid begins at 0; any other clamp is done before.
+        self.absorbs = self.rectified and self.floor == 0.0 and math.isinf(self.cap)
+        self.zero_point = self.spec.qmin
+        self.started = False
+        self.scale = nn.Parameter(torch.ones(()))
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by name."""
+        return {"scale": self.scale}
+
+    @property
+    def ready(self) -> bool:
+        """Whether a first batch was seen."""
+        return self.started
+
+    def observe(self, x: Tensor) -> None:
+        """Begin from the first batch without NaN or infinity."""
+        if self.started or x.numel() == 0:
+            return
+        x = x.detach().float()
+        if not bool(torch.isfinite(x).all()):
+            self._warn()
+            return
+        x = x.clamp(self.floor, self.cap) if self.rectified else x
+        with torch.no_grad():
+            for parameter in self.learned.values():
+                parameter.data = parameter.data.to(x.device)
+            self._start(x)
+        self.started = True
+        self.changes += 1
+
+    def _start(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _signed(self, x: Tensor) -> bool:
+        """Whether the grid has to be symmetric about zero."""
+        return self.spec.scheme == "symmetric" or (not self.absorbs and bool((x < 0).any()))
+
+    def _middle(self) -> int:
+        return (self.spec.qmax + self.spec.qmin + 1) // 2
+
+    def _step(self) -> float:
+        with torch.no_grad():  # a step of the optimizer may have gone past zero
+            self.scale.clamp_(min=MIN_SCALE)
+        return float32(float(self.scale))
+
+    def grid(self) -> Grid:
+        """The learned grid as host numbers."""
+        spec, zero, scale = self.spec, self.zero_point, self._step()
+        low, high = spec.qmin, spec.qmax
+        if self.rectified and not self.absorbs:
+            low = max(low, zero + round(self.floor / scale))
+            high = min(high, zero + round(self.cap / scale)) if math.isfinite(self.cap) else high
+        low = max(low, zero) if self.absorbs else low
+        return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x on the grid, same shape and dtype, with gradients to x and to what is learned."""
+        if self.rectified and not self.absorbs:
+            x = F.hardtanh(x, self.floor, self.cap)
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        self._step()
+        y = self._rounded(wide)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
+        features = x.numel() / max(x.shape[0], 1) if x.dim() else 1
+        factor = 1 / math.sqrt(max(features, 1) * high)
+        y: Tensor = _LearnedGrid.apply(x, self.scale, None, low, high, factor)
+        return y
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learned numbers and the zero point; None before the first batch."""
+        if not self.started:
+            return {**dict.fromkeys(self.learned), "zero_point": None}
+        return {**{name: float(value) for name, value in self.learned.items()}, "zero_point": self.zero_point}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether a saved state is of this method."""
+        return set(state) == set(self.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` saved; parameters stay the same objects."""
+        self.changes += 1
+        self.started = state["zero_point"] is not None
+        if self.started:
+            self.zero_point = state["zero_point"]
+            with torch.no_grad():
+                for name, parameter in self.learned.items():
+                    parameter.fill_(state[name])
+
+
+class LsqActivation(LearnedActivation):
+    """Learned step size (Esser et al. 2020, arXiv 1902.08153): from 2 mean|x| / sqrt(Qp), gradient times 1 / sqrt(N Qp).
+
+    N is the number of features, one example's values. Behind a ReLU, or where the first batch has no negative value, the grid is
+    unsigned (Qn = 0), else symmetric about zero.
+    """
+
+    def _start(self, x: Tensor) -> None:
+        self.zero_point = self._middle() if self._signed(x) else self.spec.qmin
+        positive = self.spec.qmax - self.zero_point
+        size = float(x.abs().mean())
+        self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
+
+
+class LsqPlusActivation(LearnedActivation):
+    """LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576): scale and offset learned, from the first batch's least and greatest value.
+
+    The offset is the value of level 0, beta; the zero point is round(-beta / s), clamped to the grid, so that 0 stays a level:
+    the paper's real offset has no counterpart in a runtime. Behind a ReLU the offset is 0 and stays.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.offset = nn.Parameter(torch.zeros(()))
+        self.moves = not (self.rectified and self.floor == 0.0) and self.spec.scheme == "affine"
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """Scale, and the offset where it moves."""
+        return {"scale": self.scale, "offset": self.offset} if self.moves else {"scale": self.scale}
+
+    def _start(self, x: Tensor) -> None:
+        scale, self.zero_point = affine_range(float(x.amin()), float(x.amax()), self.spec)
+        self.scale.fill_(scale)
+        self.offset.fill_(-self.zero_point * scale)
+
+    def _step(self) -> float:
+        scale = super()._step()
+        if self.moves and self.started:
+            zero = round(-float(self.offset) / scale)
+            self.zero_point = min(max(zero, self.spec.qmin), self.spec.qmax)
+        return scale
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
+        features = x.numel() / max(x.shape[0], 1) if x.dim() else 1
+        factor = 1 / math.sqrt(max(features, 1) * (self.spec.qmax - self.spec.qmin))
+        y: Tensor = _LearnedGrid.apply(x, self.scale, self.offset if self.moves else None, low, high, factor)
+        return y
+
+
+class _Clipped(torch.autograd.Function):
+    """Choi et al. 2018, equations 1 to 3: clip to [low, alpha], round; alpha gets the sum of g where x >= alpha."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, steps: int, signed: bool) -> Tensor:
+        scale = (alpha / steps).to(x.dtype)
+        ctx.save_for_backward(x, alpha)
+        ctx.signed = signed
+        return torch.div(x, scale).round_().clamp_(-steps if signed else 0, steps).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha = ctx.saved_tensors
+        g, above = grads[0], x >= alpha
+        below = x <= (-alpha if ctx.signed else 0)
+        by_alpha = torch.where(above, g, 0).sum()
+        if ctx.signed:
+            by_alpha = by_alpha - torch.where(below, g, 0).sum()
+        return g * above.logical_or(below).logical_not_(), by_alpha.to(alpha.dtype), None, None
+
+
+class PactActivation(LearnedActivation):
+    """PACT (Choi et al. 2018, arXiv 1805.06085): a learned clipping level alpha; the scale is alpha / levels.
+
+    The paper begins from a large constant and decays it; here alpha begins at the first batch's greatest value, and decays with
+    the optimizer's own weight decay. Where the first batch has negative values the clip is [-alpha, alpha].
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.alpha = nn.Parameter(torch.ones(()))
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The clipping level."""
+        return {"alpha": self.alpha}
+
+    def _start(self, x: Tensor) -> None:
+        self.zero_point = self._middle() if self._signed(x) else self.spec.qmin
+        most = float(x.abs().amax())
+        self.alpha.fill_(most if most > 0 else 1.0)
+
+    def _step(self) -> float:
+        steps = self.spec.qmax - self.zero_point
+        with torch.no_grad():
+            self.alpha.clamp_(min=MIN_SCALE * steps)
+        return float32(float(self.alpha) / steps)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        steps, signed = self.spec.qmax - self.zero_point, self.zero_point > self.spec.qmin
+        y: Tensor = _Clipped.apply(x, self.alpha, steps, signed)
+        return y
+
+
+class DorefaActivation(ActivationQuantizer):
+    """DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160): activations are bounded by [0, 1] and rounded there; nothing is learned."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.low, self.high = 0.0, 1.0
+
+    def observe(self, x: Tensor) -> None:
+        """Nothing: the range is fixed."""
+
+
+ACTIVATION_METHODS: dict[str, type[ActivationQuantizer]] = {
+    "lsq": LsqActivation,
+    "lsq+": LsqPlusActivation,
+    "pact": PactActivation,
+    "dorefa": DorefaActivation,
+}
+
+__all__ = ["ACTIVATION_METHODS", "LearnedActivation"]

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns weights: the grid of a parameter by its values now, its rounding with gradient, and the methods that train it.
+
+The equation is that of `quantizers.py`. A `WeightQuantizer` rounds one parameter of one prepared layer; `fold` below is what
+norms multiply the weight by when they are folded into it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.config import TensorSpec
+from lightning_quant.quantizers import MIN_SCALE, block_mean, block_range, spread
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Scale (float32) and zero point (float32 integers, or None for 0) of a weight, broadcastable against it."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
+    """The grid of a weight by its range *now*: a lagging average would clip weights that grow (see fusion.py).
+
+    `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel,
+    () per tensor, and otherwise one value a block, spread over it. A channel of zeros gets scale 1.
+    """
+    if spec.granularity in ("per_tensor", "out_channel"):
+        keep = spec.granularity == "out_channel"
+        dims = tuple(range(1 if keep else 0, weight.dim()))
+        high, low = (
+            (weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep)) if dims else (weight.clone(), weight.clone())
+        )
+    else:
+        low, high = (spread(side, weight.shape).clone() for side in block_range(weight, spec.kernel(weight.dim())))
+    if spec.scheme == "symmetric":
+        scale = _positive(torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2))
+        zero = (spec.qmax + spec.qmin + 1) // 2
+        return WeightGrid(scale, torch.full_like(scale, zero) if zero else None)
+    high, low = high.clamp_(min=0), low.clamp_(max=0)
+    scale = _positive((high - low).div_(spec.qmax - spec.qmin))
+    return WeightGrid(scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax))
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """In place: 1 for a channel of zeros, and never so small that dividing by it overflows."""
+    return scale.masked_fill_(scale == 0, 1.0).clamp_(min=torch.finfo(scale.dtype).tiny)
+
+
+def quantize_weight(weight: Tensor, grid: WeightGrid, spec: TensorSpec) -> Tensor:
+    """The integers of a weight on `grid`, carried as floats of its dtype and shape."""
+    q = torch.div(weight, grid.scale).round_()
+    if grid.zero_point is not None:
+        q.add_(grid.zero_point)
+    return q.clamp_(spec.qmin, spec.qmax)
+
+
+class _RoundWeight(torch.autograd.Function):
+    """Symmetric about zero with the current absolute maximum: nothing can clip, so the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        return torch.div(weight, scale).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    """With a zero point: its own rounding can push an end of the range half a step over the grid, so a mask is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, passes: bool) -> Tensor:
+        q = torch.div(weight, scale).round_().add_(zero)
+        if not passes:
+            ctx.save_for_backward((q >= qmin).logical_and_(q <= qmax))
+        return q.clamp_(qmin, qmax).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0] * ctx.saved_tensors[0] if ctx.saved_tensors else grads[0]
+        return grad, None, None, None, None, None
+
+
+def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec, channel: tuple[int, ...]) -> Tensor:
+    """The step of a folded weight, seen from the unfolded weight: s / c, and another one for faint channels.
+
+    A channel whose folded weights all round to 0 (gamma near 0) would have zero batch statistics, and then neither its
+    gamma nor its running variance could ever recover. It is trained on a grid of its own; deployed it is 0 plus beta.
+    """
+    zero: Tensor | float = 0.0 if grid.zero_point is None else grid.zero_point
+    low, high = (spread(side, weight.shape) for side in block_range(weight, channel))
+    high, low = high.clamp(min=0), low.clamp(max=0)
+    above, below = torch.as_tensor(spec.qmax - zero).clamp(min=1), torch.as_tensor(zero - spec.qmin).clamp(min=1)
+    own = torch.maximum(high / above, -low / below)
+    step = grid.scale / fold
+    if step.dim() and step.numel() > high.numel():  # scales inside a channel: it is faint where all of it rounds to 0
+        most = spread(block_range((weight.abs() / step).round_(), channel)[1], weight.shape)
+    else:
+        most = (torch.maximum(high, -low) / step).round_()
+    return torch.where(most == 0, torch.where(own > 0, own, 1.0), step)
+
+
+def fake_quantize_weight(
+    weight: Tensor, spec: TensorSpec, fold: Tensor | None = None, channel: tuple[int, ...] | None = None
+) -> Tensor:
+    """A weight rounded to its grid, with gradient; same shape and dtype.
+
+    Args:
+        weight: float (C, ...).
+        spec: its grid.
+        fold: None, or what the weight is multiplied by where norms are folded into it: |gamma| / sigma, detached, >= 0, to
+            broadcast against it, (C, 1, ...) for a norm behind the layer. Then the *folded* weight `weight * fold` is what lies
+            on the grid, and `fq(weight * fold) / fold` is returned: the general weight-side path, see fusion.py.
+        channel: the block that makes one output channel, as in `block_range`; None for an index of dimension 0.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return fake_quantize_weight(weight.float(), spec, fold, channel).to(weight.dtype)
+    with torch.no_grad():
+        data = weight.detach()
+        grid = weight_grid(data if fold is None else data * fold, spec)
+        step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
+    if grid.zero_point is None:
+        y: Tensor = _RoundWeight.apply(weight, step)
+    else:
+        passes = spec.apply_method == "clamp_round"
+        y = _FakeQuantizeWeight.apply(weight, step, grid.zero_point, spec.qmin, spec.qmax, passes)
+    return y
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+class WeightQuantizer:
+    """Rounds one parameter of a prepared layer. Method `qat`: to its range now, straight-through (Jacob et al. 2018).
+
+    Args:
+        spec: the grid.
+        name: what it belongs to (`conv1.weight`).
+        weight: the parameter, from whose values methods begin.
+    """
+
+    # Whether scales are those of the weight as it is, whatever norms are folded into it; they multiply the scales, then.
+    unfolded = False
+
+    def __init__(self, spec: TensorSpec, name: str, weight: Tensor) -> None:  # noqa: ARG002  (others begin from the weight)
+        self.spec, self.name = spec, name
+        self.changes = 0  # counts what moved the grid but the weight itself
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What the optimizer is to train, by name."""
+        return {}
+
+    def commutes(self, weight: Tensor) -> bool:
+        """Whether a factor for each index of dimension 0 multiplies the scales and leaves the integers."""
+        return self.unfolded or self.spec.kernel(weight.dim())[0] == 1
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """The grid of `weight`, float32 or float64."""
+        return weight_grid(weight, self.spec)
+
+    def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:
+        """The integers of `weight` on its grid, as floats of its shape."""
+        return quantize_weight(weight, grid, self.spec)
+
+    def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
+        """The weight rounded, same shape and dtype, with gradient; `fold`, `channel` as in `fake_quantize_weight`."""
+        return fake_quantize_weight(weight, self.spec, fold, channel)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be had from the weight, as tensors on the host."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.learned.items()}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether a saved state is one of this method and granularity."""
+        own = self.learned
+        return set(own) == set(state) and all(isinstance(v, Tensor) and v.shape == own[k].shape for k, v in state.items())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` saved; parameters stay the same objects."""
+        self.changes += 1
+        with torch.no_grad():
+            for name, parameter in self.learned.items():
+                parameter.copy_(state[name])
+
+
+class _LearnedRound(torch.autograd.Function):
+    """Esser et al. 2020, equations 1, 3 and 5; `scale` broadcasts against x.
+
+    With q = clamp(round(x / s)) and g the gradient of q s: x gets g where x / s lies inside the ends, 0 elsewhere; s gets the
+    sum of g (round(x / s) - x / s) inside and of g q outside, which is sum(g q) - sum(g_x x / s), times the gradient scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, factor: float) -> Tensor:
+        q = torch.div(x, scale).round_().clamp_(low, high)
+        ctx.save_for_backward(x, scale, q)
+        ctx.ends = low, high, factor
+        return q * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, q = ctx.saved_tensors
+        low, high, factor = ctx.ends
+        v = x / scale
+        inside = (v > low).logical_and_(v < high)
+        gradient = grads[0] * inside
+        by_scale = (grads[0] * q).sub_(gradient * v).mul_(factor)
+        return gradient, by_scale.sum_to_size(scale.shape), None, None, None
+
+
+class LsqWeight(WeightQuantizer):
+    """Learned step size (Esser et al. 2020, arXiv 1902.08153): one scale a block, from 2 mean|w| / sqrt(qmax).
+
+    The gradient of a scale is multiplied by 1 / sqrt(n qmax), n values to a scale. Zero point 0.
+    """
+
+    unfolded = True
+
+    def __init__(self, spec: TensorSpec, name: str, weight: Tensor) -> None:
+        super().__init__(spec, name, weight)
+        size = weight.detach().float().abs()
+        blocks = block_mean(size, spec.kernel(weight.dim()))
+        self.count = weight.numel() / blocks.numel()
+        start = blocks.mul_(2 / math.sqrt(spec.qmax))
+        self.scale = nn.Parameter(torch.where(start > 0, start, torch.ones_like(start)))
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The scales."""
+        return {"scale": self.scale}
+
+    def _positive(self) -> Tensor:
+        with torch.no_grad():  # a step of the optimizer may have gone past zero
+            self.scale.clamp_(min=MIN_SCALE)
+        return self.scale
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """The learned scales, spread over their blocks."""
+        scale = spread(self._positive().detach(), weight.shape).to(weight.dtype)
+        return WeightGrid(scale.flatten()[0] if self.scale.numel() == 1 else scale, None)
+
+    def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
+        """The weight on its learned grid."""
+        assert fold is None and channel is None, self.name
+        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        scale = spread(self._positive(), weight.shape).to(wide.dtype)
+        factor = 1 / math.sqrt(self.count * self.spec.qmax)
+        y: Tensor = _LearnedRound.apply(wide, scale, self.spec.qmin, self.spec.qmax, factor)
+        return y.to(weight.dtype)
+
+
+class DorefaWeight(WeightQuantizer):
+    """DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160, equation 9): tanh(w) / max|tanh(w)| on a fixed grid over [-1, 1].
+
+    The paper's 2^k levels have no zero; a runtime's integers do, so ours are the 2^k - 1 of the symmetric grid. Gradients are
+    those of the formula, rounding passed straight through, the maximum included. One scale, 1 / qmax.
+    """
+
+    unfolded = True
+
+    def _squashed(self, weight: Tensor) -> Tensor:
+        bent = weight.tanh()
+        most = bent.abs().amax()
+        return bent / torch.where(most > 0, most, 1.0)
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """1 / qmax."""
+        return WeightGrid(weight.new_tensor(1 / self.spec.qmax), None)
+
+    def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:
+        """The integers of the squashed weight."""
+        return quantize_weight(self._squashed(weight), grid, self.spec)
+
+    def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
+        """The squashed weight, rounded."""
+        assert fold is None and channel is None, self.name
+        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        y: Tensor = _RoundWeight.apply(self._squashed(wide), self.grid(wide).scale)
+        return y.to(weight.dtype)
+
+
+class _Sign(torch.autograd.Function):
+    """+1 at 0; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class BinaryWeight(WeightQuantizer):
+    """Binarized networks (Courbariaux et al. 2016, arXiv 1602.02830, algorithm 1): the sign of the weight, scale 1.
+
+    The gradient reaches the real weight unchanged, and in training the real weight is kept in [-1, 1], as the paper's update is.
+    """
+
+    unfolded = True
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """Scale 1."""
+        return WeightGrid(weight.new_ones(()), None)
+
+    def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:  # noqa: ARG002
+        """-1 and 1."""
+        return torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
+
+    def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
+        """The sign."""
+        assert fold is None and channel is None, self.name
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                weight.clamp_(-1, 1)
+        y: Tensor = _Sign.apply(weight)
+        return y
+
+
+WEIGHT_METHODS: dict[str, type[WeightQuantizer]] = {
+    "qat": WeightQuantizer,
+    "lsq": LsqWeight,
+    "lsq+": LsqWeight,
+    "pact": WeightQuantizer,
+    "dorefa": DorefaWeight,
+    "bnn": BinaryWeight,
+}
