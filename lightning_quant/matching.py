@@ -417,7 +417,7 @@ def idle_keys(rules: Iterable[Rule], drafts: Iterable[Draft]) -> Problems:
         if mine and rule.settings.get("observer", "default") != "default" and not any(is_activation(p.target) for p in mine):
             problems.append(f"{rule.where}['observer']: observers are for activations, and this entry quantizes parameters only.")
         heads = [d for d in drafts if is_head(d.module) and any(p.decided_by == rule.where for p in d.targets.values())]
-        if mine and rule.float_output is not None and not heads:
+        if mine and rule.float_output is True and not heads:
             problems.append(
                 f"{rule.where}['high_precision_output']: is for convolutions and linear layers, and this entry decides for none; "
                 "to leave an output float, leave '_output_' out of target_names."
