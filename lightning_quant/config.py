@@ -84,9 +84,9 @@ class TensorSpec:
         return 2 ** (self.bits - 1) if self.qmin == 0 else 0
 
     @property
-    def grid(self) -> tuple[str, str, str | Blocks]:
+    def grid(self) -> tuple[str, str, str | Blocks, str]:
         """What two targets must have in common to share a quantizer."""
-        return self.dtype, self.scheme, self.granularity
+        return self.dtype, self.scheme, self.granularity, self.method
 
     def kernel(self, dims: int) -> tuple[int, ...]:
         """The block size along each of `dims` dimensions, -1 for a whole one; longer than `dims` if it cannot fit."""

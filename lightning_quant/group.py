@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.schedule import Phase
 from lightning_quant.targets import owner_of
+from lightning_quant.weights import WeightQuantizer
 
 KEY = "_lightning_quant"
 
@@ -89,6 +90,11 @@ class Group:
         raise NotImplementedError
 
     @property
+    def weights(self) -> list[WeightQuantizer]:
+        """Those of its parameters."""
+        return []
+
+    @property
     def members(self) -> list[nn.Module]:
         """The modules and operators behind the head, in order."""
         return []
@@ -147,7 +153,7 @@ class Group:
 
     def deployed_now(self, head: nn.Module) -> nn.Module:
         """The deployed layer; built once, from the parameters and ranges as they are now."""
-        numbers = [*self.tensors(head), *(quantizer.changes for quantizer in self.quantizers)]
+        numbers = [*self.tensors(head), *(quantizer.changes for quantizer in (*self.quantizers, *self.weights))]
         before = self.deployed_from
         same = len(before) == len(numbers) and all(
             a is b or (isinstance(a, int) and a == b) for a, b in zip(before, numbers, strict=True)

@@ -16,7 +16,7 @@ SCHEMES = ("affine", "symmetric")
 GRANULARITIES = ("default", "per_tensor", "out_channel", "in_channel", "per_channel")
 APPLY_METHODS = ("bypass", "clamp_round", "qat_clamp_round")
 OBSERVERS = ("default", "moving_average", "minmax")
-METHODS = ("qat",)
+METHODS = ("qat", "lsq", "lsq+", "pact", "dorefa")
 INPUT, WEIGHT, OUTPUT = "_input_", "weight", "_output_"
 
 Problems = list[str]
@@ -322,7 +322,14 @@ QUANTIZATION: dict[str, Key] = {
         "parameters by their values at every step. `minmax`: the smallest and largest value seen (activations).",
     ),
     "method": Key(
-        check=choice(*METHODS), schema=_one_of(*METHODS), default="qat", text="How the grid is trained. `qat`: straight-through."
+        check=choice(*METHODS),
+        schema=_one_of(*METHODS),
+        default="qat",
+        text="How the grid is found and trained. `qat`: the observed range of an activation, the present range of a parameter, "
+        "gradients straight through (Jacob et al. 2018). `lsq`: learned scales (Esser et al. 2020). `lsq+`: learned scales, and "
+        "learned offsets of activations (Bhalgat et al. 2020). `pact`: a learned clipping level of activations, parameters as "
+        "`qat` (Choi et al. 2018). `dorefa`: parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). All but "
+        "`qat` have one scale for an activation, and symmetric grids with a sign for parameters.",
     ),
 }
 _TARGETS: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/target"}}

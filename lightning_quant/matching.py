@@ -295,7 +295,9 @@ def _decide(rule: Rule, setting: Setting, target: str, draft: Draft, explicit: b
     if before is not None:
         notes = (*notes, f"overrules {before.decided_by}")
     said = {"bypass": "bypass: stays float", "clamp_round": "clamp_round"}.get(spec.apply_method, "")
-    notes = tuple(note for note in (*notes, said, spec.observer if spec.observer == "minmax" else "") if note)
+    found = [spec.observer] if spec.observer == "minmax" else []
+    trained = [spec.method] if spec.method != "qat" else []
+    notes = tuple(note for note in (*notes, said, *found, *trained) if note)
     own = matching_keys(rule.target_settings, target, draft.module)
     lenient = "granularity" in rule.settings and "granularity" not in own
     draft.targets[target] = TargetPlan(target=target, spec=spec, decided_by=rule.where, notes=notes, lenient=lenient, fell=fell)
@@ -342,6 +344,9 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
     template = {**(ACTIVATION_DEFAULTS if activation else PARAMETER_DEFAULTS), **matching_keys(setting, target, module)}
     keys = {**template, **rule.settings, **own}
     place, notes = f"{rule.where}['target_settings'][{target!r}]", list[str]()
+    method = keys.get("method", "qat")
+    if method == "dorefa" and not activation and keys["granularity"] == "default":
+        keys["granularity"] = "per_tensor"
     granularity, problem = _granularity(keys["granularity"], target, module)
     if problem is not None and "granularity" in own:
         raise ConfigError(f"{place}['granularity']: {problem}")
@@ -359,8 +364,28 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
         weight=not activation,
         apply_method=keys.get("apply_method", "qat_clamp_round"),
         observer=keys.get("observer", "default") if activation else "default",
+        method=method,
     )
+    if (problem := _method_problem(spec, activation)) is not None:
+        raise ConfigError(f"{rule.where}: method {method!r} of {target!r} of {type(module).__name__}: {problem}")
     return spec, tuple(notes)
+
+
+def _method_problem(spec: TensorSpec, activation: bool) -> str | None:
+    """Why a target cannot be trained by its method as it is otherwise decided; None if it can."""
+    if spec.method == "qat" or (spec.method == "pact" and not activation):
+        return None
+    if activation:
+        if spec.granularity != "per_tensor":
+            return f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
+        if spec.observer != "default":
+            return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."
+        return None
+    if spec.scheme != "symmetric" or spec.qmin == 0:
+        return f"a parameter has a grid without a zero point, quant_scheme 'symmetric' and an int quant_dtype, not {spec}."
+    if spec.method == "dorefa" and spec.granularity != "per_tensor":
+        return f"a parameter has one scale, granularity 'default' or 'per_tensor', not {spec.granularity}."
+    return None
 
 
 def _granularity(value: Any, target: str, module: nn.Module) -> tuple[str | Blocks, str | None]:

@@ -17,6 +17,7 @@ from lightning_quant.group import Group, Share, group_of, is_group_head, join, l
 from lightning_quant.intercept import End, Head, OperatorGroup, disown, is_owner, is_prepared, operator_groups, own
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
 from lightning_quant.layers import LayerPlan, Plan
+from lightning_quant.learned import ACTIVATION_METHODS
 from lightning_quant.patterns import clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
 from lightning_quant.record import moved
@@ -142,6 +143,8 @@ def _make_quantizers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _quantizer_kind(spec: TensorSpec) -> type[ActivationQuantizer]:
+    if spec.method in ACTIVATION_METHODS:
+        return ACTIVATION_METHODS[spec.method]
     return ActivationQuantizer if spec.granularity == "per_tensor" else BlockQuantizer
 
 
@@ -283,9 +286,25 @@ def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {quantizer.name: quantizer for _, group in prepared_groups(model).values() for quantizer in group.quantizers}
 
 
+def _stateful(model: nn.Module) -> dict[str, ActivationQuantizer | WeightQuantizer]:
+    """`quantizers_of`, and those of parameters that have more than the parameter itself shows."""
+    weights = [quantizer for _, group in prepared_groups(model).values() for quantizer in group.weights]
+    return {**quantizers_of(model), **{quantizer.name: quantizer for quantizer in weights if quantizer.state_dict()}}
+
+
+def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the methods of a prepared model learn beside its own parameters: 'conv1.weight.scale' -> a Parameter of float32.
+
+    They are no part of the model (`parameters()` does not have them), so an optimizer of yours must be given them:
+    `SGD([*model.parameters(), *learned_parameters(model).values()], ...)`. With a Trainer the callback sees to that.
+    """
+    found = _stateful(model).items()
+    return {f"{name}.{key}": parameter for name, quantizer in found for key, parameter in quantizer.learned.items()}
+
+
 def quantizer_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every range of a prepared model by target name, as plain numbers or tensors on the host."""
-    return {name: quantizer.state_dict() for name, quantizer in quantizers_of(model).items()}
+    """Every range and learned scale of a prepared model by target name, as plain numbers or tensors on the host."""
+    return {name: quantizer.state_dict() for name, quantizer in _stateful(model).items()}
 
 
 def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -294,7 +313,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: if names or granularities differ from the model's; nothing is loaded then.
     """
-    own = quantizers_of(model)
+    own = _stateful(model)
     if set(own) != set(state):
         lacking, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
         raise ConfigError(
@@ -304,7 +323,7 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     differ = [name for name, quantizer in own.items() if not quantizer.accepts(state[name])]
     if differ:
         raise ConfigError(
-            f"the saved ranges of {', '.join(differ)} have another granularity. Use the config_list of that run, "
+            f"the saved ranges of {', '.join(differ)} have another granularity or method. Use the config_list of that run, "
             "or load only its weights and start a new fit."
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -315,5 +334,5 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether ranges saved by `quantizer_state` belong to this prepared model's quantizers."""
-    quantizers = quantizers_of(model)
+    quantizers = _stateful(model)
     return set(quantizers) == set(state) and all(quantizer.accepts(state[name]) for name, quantizer in quantizers.items())

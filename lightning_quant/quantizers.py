@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError, TensorSpec
 
@@ -174,6 +174,11 @@ class ActivationQuantizer:
         # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
         self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What an optimizer is to train, by name."""
+        return {}
 
     @property
     def ready(self) -> bool:
