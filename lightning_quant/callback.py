@@ -227,8 +227,9 @@ class QuantFusionCallback(Callback):
         if blind:
             self._told = True
             rank_zero_warn(
-                f"{type(self).__name__}: a whole epoch gave {', '.join(blind)} no range: in eval mode while training, or not "
-                "called. Left so, nothing will be converted; put these layers in train mode or leave them out of config_list."
+                f"{type(self).__name__}: a whole epoch gave {', '.join(blind)} no range: in eval mode while training, not called "
+                "or only in a branch or a checkpoint that the recorded forward did not take. Left so, nothing will be converted; "
+                "put these layers in train mode or leave them out of config_list."
             )
 
     def _set_phase(self, pl_module: pl.LightningModule, phase: Phase) -> None:

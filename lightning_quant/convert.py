@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lightning_quant.group import Strays, leave
 from lightning_quant.integer import ActivatedLayer
 from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner
 from lightning_quant.prepare import prepared_groups, quantizers_of
+from lightning_quant.sites import Operator
 from lightning_quant.wrapped import QuantizedModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,8 +27,8 @@ def convert_model(model: nn.Module) -> nn.Module:
     In the copy the head of every group is an `IntegerLayer` (int8 weight, int32 bias; float arithmetic on int8 weights
     where a grid is missing), batch norms and activations of groups are `nn.Identity`, any other quantized module is a
     `QuantizedModule` (integer parameters around its own forward), and everything runs in eval mode on the device the model
-    is on. Hooks on members of groups are not copied (the plan names them). The result equals the
-    prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers.
+    is on. Hooks on members of groups are not copied (a warning names those that see what goes in or comes out). The result equals
+    the prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers.
 
     Raises:
         ConfigError: if the model is not prepared, a range was never observed, or the data took another way than in the recorded
@@ -44,6 +46,12 @@ def convert_model(model: nn.Module) -> nn.Module:
             f"no range was observed for {', '.join(blind)}: run training steps (model.train()) with "
             "representative data through these layers first, or leave them out of config_list."
         )
+    if hooked := _hooked(model):
+        warnings.warn(
+            f"hooks on {', '.join(hooked)} are not in the deployed copy. If one of them changes what passes, the copy computes "
+            "something else: do that in the forward.",
+            stacklevel=2,
+        )
     deployed = copy_of(model)
     for module in deployed.modules():
         module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
@@ -55,6 +63,8 @@ def convert_model(model: nn.Module) -> nn.Module:
             replace_module(deployed, member, nn.Identity())
         if not isinstance(group, OperatorGroup):
             replace_module(deployed, head, layer := group.deploy(head))
+            if isinstance(group, Ending) and isinstance(group.activation, Operator):
+                layer.register_forward_hook(group.stamp)
             if isinstance(layer, QuantizedModule):
                 layer.take_over()
             if isinstance(layer, ActivatedLayer):
@@ -66,6 +76,18 @@ def convert_model(model: nn.Module) -> nn.Module:
     return deployed.eval()
 
 
+def _hooked(model: nn.Module) -> list[str]:
+    """The names of modules whose hooks see what goes into or comes out of a layer, and would be gone with them."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[str] = []
+    for head, group in prepared_groups(model).values():
+        chain = [] if isinstance(group, OperatorGroup) else [*group.ahead, head, *group.members]
+        found += [names[id(m)] for m in chain[:1] if m._forward_pre_hooks] + [
+            names[id(m)] for m in chain[-1:] if m._forward_hooks and id(m) in names
+        ]
+    return list(dict.fromkeys(found))
+
+
 def strayed(model: nn.Module) -> str:
     """What to say where the data did not flow as the recorded forward had shown; nothing where it did."""
     groups = [group for _, group in prepared_groups(model).values()]
@@ -73,7 +95,8 @@ def strayed(model: nn.Module) -> str:
     if found:
         return (
             f"{', '.join(repr(group.name) for group in found)}: {found[0].strayed} of {found[0].strays.of} tensors did not go "
-            "through what is fused there as in the recorded forward: the forward branches, skips a member or writes in between. "
+            "through what is fused there as in the recorded forward: the forward branches, skips a member or writes in between, "
+            "or a hook or another model's call does. "
             f"Give fuse_names: [] for these layers, so that they are quantized alone.{_only_training(found[0].strays)}"
         )
     for group in groups:

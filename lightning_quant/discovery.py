@@ -57,7 +57,11 @@ def collect_groups(
         if rule.fuse is None or isinstance(rule.fuse, str):
             continue
         for given in rule.fuse:
-            named = _calls_meant(tuple(modules.aliases.get(name, name) for name in given), modules, graph)
+            named = tuple(modules.aliases.get(name, name) for name in given)
+            if (problem := _calls_problem(named, modules, graph)) is not None:
+                problems.append(f"{rule.where}: fuse_names {given!r}: {problem}")
+                continue
+            named = _calls_meant(named, modules, graph)
             taken = next((name for name in named if owner.get(name, named) != named), None)
             problem = group_problem(named, modules, set(chosen[rule.where]))
             if problem is None and taken is not None:
@@ -69,6 +73,21 @@ def collect_groups(
             _give(rule, named, modules.by_name, drafts, problems)
     for draft in [draft for draft in drafts.values() if draft.group]:
         problems.extend(absorb(draft, drafts))
+
+
+def _calls_problem(group: tuple[str, ...], modules: Modules, graph: Graph | None) -> str | None:
+    """Why no call of a shared activation carries on the member before it; None if one does."""
+    for name, after in pairwise(group):
+        if graph is None or after not in modules.sites or not graph.calls(name):
+            continue
+        readers = [node for call in graph.calls(name) for node in graph.consumers(call.index)]
+        if any(node.name in modules.sites[after] for node in readers):
+            continue
+        found = ", ".join(repr(node.name) for node in readers) or "nothing"
+        between = next((r for r in readers if any(n.name in modules.sites[after] for n in graph.consumers(r.index))), None)
+        hint = "" if between is None else f" The call behind that one is meant by (..., {name!r}, {between.name!r}, {after!r})."
+        return f"no call of {after!r} reads the output of {name!r} (that is read by {found}).{hint}"
+    return None
 
 
 def _calls_meant(group: tuple[str, ...], modules: Modules, graph: Graph | None) -> tuple[str, ...]:

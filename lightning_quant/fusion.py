@@ -28,7 +28,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from lightning_quant.config import TensorSpec
 from lightning_quant.folding import Layer, channel_float, channel_weight, fold, folded_float, rounded_weight
 from lightning_quant.group import KEY, Group, Member, Strays, hidden, join
-from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer
+from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid
 from lightning_quant.sites import Operator
@@ -58,6 +58,8 @@ class _Passing:
 
 
 HEAD = -1  # where a norm before it hands on to
+# What reaches a member: the deployed layer's result; what the member before it made; that, changed on its way; something else.
+Arrival = Literal["integer", "member", "changed", "foreign"]
 
 
 def _version(x: Tensor) -> int:
@@ -86,11 +88,16 @@ class Ending(Group):
         self.activation, self.inner, self.output = activation, inner, output
         self.clamp = None if activation is None else clamp_of(activation)  # its ends; None if it is a curve
         self.loose = False  # dropout stands between members: in training it hands on another tensor
+        self.stamp = Stamp()  # of the deployed layer
+        self.stands_for: nn.Module | None = None  # the module whose call the activation is, if it is an operator
         self.strays = Strays()
         self.under_way: dict[int, _Passing] = {}  # what members made and the next one has not read yet
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "under_way": {}}
+
+    def _is_watched(self, head: nn.Module) -> bool:
+        return super()._is_watched(head) or (self.stands_for is not None and bool(self.stands_for._forward_pre_hooks))
 
     @property
     def strayed(self) -> int:
@@ -111,22 +118,31 @@ class Ending(Group):
             self.under_way[id(y)] = _Passing(weakref.ref(y), _version(y), to, integer, self.training)
         return y
 
-    def arrive(self, to: int, x: Tensor) -> bool:
-        """Whether x is the deployed layer's result, so that `members[to]` has nothing left to do.
+    def expects(self, to: int, x: Any) -> bool:
+        """Whether x is what the member before `members[to]` made."""
+        passing = self.under_way.get(id(x))
+        return passing is not None and passing.tensor() is x and passing.to == to
 
-        The forward may take another branch than the recorded one and bring a member something else, or write to it on the way: in
-        training every member does its own part anyway, and `convert_model` refuses.
+    def arrive(self, to: int, x: Tensor) -> Arrival:
+        """What x is for `members[to]`, which has nothing left to do with an integer layer's result.
+
+        The forward may take another branch than the recorded one and bring a member something else, or change it on the way: in
+        training a member does its own part anyway, but what is foreign moves no range, and `convert_model` refuses.
         """
         if self.again:
-            return False
-        passing = self.under_way.pop(id(x), None)
-        genuine = passing is not None and passing.tensor() is x and passing.version == _version(x) and passing.to == to
+            return "member"
+        genuine = self.expects(to, x) and self.under_way[id(x)].version == _version(x)
         self.count(not genuine)
-        if passing is None or not genuine:
-            return False
+        if not genuine:
+            changed = next((key for key, passing in self.under_way.items() if passing.to == to), None)
+            if changed is None:
+                return "foreign"
+            del self.under_way[changed]
+            return "changed"
+        passing = self.under_way.pop(id(x))
         if passing.integer and to != HEAD:  # the head makes another tensor
             self.hand_on(x, to + 1, True)
-        return passing.integer
+        return "integer" if passing.integer else "member"
 
     def rounded(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
         """x on its grid, the range moved first if this pass observes."""
@@ -256,10 +272,11 @@ class _Head(Member):
         group: FusedGroup | None = self.__dict__.get(KEY)
         if group is None:
             return super().forward(input, *rest, **named)  # type: ignore[no-any-return]
-        if group.arrive(HEAD, input) if group.norm_before is not None else group.begin(self, [input]):
+        behind = group.norm_before is not None
+        if group.arrive(HEAD, input) == "integer" if behind else group.begin(self, [input]):
             deployed: Tensor = group.deployed_now(self)(input, *rest, **named)
             return group.hand_on(deployed, 0, True)
-        x = input if group.norm_before is not None else group.round_input(input)
+        x = input if behind else group.round_input(input)
         quantize = group.phase.quantize and (group.observing or group.ready)
         with hidden(self, group.rounded_parameters(self) if quantize else {}):
             y: Tensor = super().forward(x, *rest, **named)
@@ -307,9 +324,12 @@ class _NormMember(Member):
         group: FusedGroup | None = self.__dict__.get(KEY)
         if group is None:
             return super().forward(input)  # type: ignore[no-any-return]
-        if group.arrive(0, input):
+        arrival = group.arrive(0, input)
+        if arrival == "integer":
             return input
         y = _batch_norm(self, super().forward, input, group)
+        if arrival == "foreign":
+            return y
         rounded = group.finish(self, y)
         return group.hand_on(y if rounded is None else rounded, 1, False)
 
@@ -322,9 +342,10 @@ class _ActivationMember(Member):
         group: Ending | None = self.__dict__.get(KEY)
         if group is None:
             return super().forward(input)  # type: ignore[no-any-return]
-        if group.arrive(len(group.members) - 1, input):
+        arrival = group.arrive(len(group.members) - 1, input)
+        if arrival == "integer":
             return input
-        rounded = group.finish(self, input, super().forward)
+        rounded = None if arrival == "foreign" else group.finish(self, input, super().forward)
         if rounded is not None:
             return rounded
         y: Tensor = super().forward(input)

@@ -120,6 +120,30 @@ class Rounding(nn.Module):
         return f"{self.low}..{self.high}" + (" for each block" if self.grid is None else "")
 
 
+class Stamp:
+    """A mark that a deployed layer puts on what it makes, by which the activation behind it knows that its work is done.
+
+    It is an attribute of the tensor object, so that threads do not mix; writing to the tensor takes it off.
+    """
+
+    _NAME = "_lightning_quant_made_by"
+
+    def on(self, y: Tensor) -> Tensor:
+        """y, marked."""
+        setattr(y, self._NAME, (self, 0 if y.is_inference() else y._version))
+        return y
+
+    def is_on(self, x: Any) -> bool:
+        """Whether x was marked so and is as it was."""
+        found = getattr(x, self._NAME, None)
+        return found is not None and found[0] is self and found[1] == (0 if x.is_inference() else x._version)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        """As a forward hook of the layer."""
+        if isinstance(output, Tensor):
+            self.on(output)
+
+
 def carrying(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`act` in the dtype of what it is given."""
 

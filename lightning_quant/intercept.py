@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_quant.fusion import Ending
-from lightning_quant.group import Made, drop_bound_forward, is_group_head, made_class, own_class
-from lightning_quant.integer import Rounding, carrying
+from lightning_quant.group import KEY, Made, drop_bound_forward, is_group_head, made_class, own_class
+from lightning_quant.integer import Rounding, Stamp, carrying
 from lightning_quant.quantizers import ActivationQuantizer, Grid
 from lightning_quant.sites import MADE_HERE, SHARED, Operator, Place, Site, always, name_of, place, with_tensors
 from lightning_quant.targets import tensors_in, with_outputs
@@ -68,7 +68,8 @@ class OperatorGroup(Ending):
         return [tensor for module in self.members for tensor in module.parameters()]
 
     def _is_watched(self, head: nn.Module) -> bool:  # noqa: ARG002
-        return any(module._forward_pre_hooks for module in self.members)
+        ends = [*self.members, *([] if self.stands_for is None else [self.stands_for])]
+        return any(module._forward_pre_hooks for module in ends)
 
     def _round(self, quantizer: ActivationQuantizer, owned: bool, applied: bool) -> Callable[[Tensor], Tensor]:
         def act(x: Tensor) -> Tensor:
@@ -120,6 +121,7 @@ class RoundedOperator(nn.Module):
         self.rounds_out = nn.ModuleList(Rounding(grid) for grid in grids)
         self.clamp = group.clamp
         self.end: Rounding | None = None
+        self.stamp = group.stamp if isinstance(group.activation, Operator) else None
         if group.output is not None:
             grid = group.output.grid()
             self.end = Rounding(grid, clip=True)
@@ -144,8 +146,9 @@ class RoundedOperator(nn.Module):
         if self.clamp is not None:
             made = made.clamp(*self.clamp)
         if self.end is not None:
-            return carrying(self.end)(made)
-        return with_outputs(made, dict(zip(self.targets, map(carrying, self.rounds_out), strict=True)))
+            made = carrying(self.end)(made)
+        made = with_outputs(made, dict(zip(self.targets, map(carrying, self.rounds_out), strict=True)))
+        return made if self.stamp is None else self.stamp.on(made)
 
     def extra_repr(self) -> str:
         """What is rounded."""
@@ -172,12 +175,19 @@ class End:
     def __init__(self, group: Ending, operator: Operator) -> None:
         self.group, self.operator = group, operator
 
+    def expects(self, x: Any) -> bool:
+        """Whether x is what this activation is to read; wherever it is called, the call is this one."""
+        return self.group.expects(len(self.group.members) - 1, x)
+
     def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         """The group's end."""
         (x,) = tensors_in((args, kwargs))
-        if self.group.arrive(len(self.group.members) - 1, x):
+        arrival = self.group.arrive(len(self.group.members) - 1, x)
+        if arrival == "integer":
             self.group.count(not self.operator.is_called_so(args, kwargs))
             return x
+        if arrival == "foreign":
+            return func(*args, **kwargs)
         if not self.operator.is_called_so(args, kwargs):  # another slope or other ends than were recorded, and will be deployed
             self.group.count(True)
             return func(*args, **kwargs)
@@ -191,19 +201,33 @@ class End:
         return func(*args, **kwargs) if rounded is None else rounded
 
 
-class Deployed:
-    """The site of an operator in a deployed model.
+class Done:
+    """The site of an activation in a deployed model: the layer before it has done its work, if it was that layer.
 
-    `child`: its RoundedOperator, or that one's name in the owner; None to skip the operator.
+    `stamp`: what that layer puts on its results. `loose`: dropout stands between them, so that the stamp may be lost.
     """
 
-    def __init__(self, child: str | nn.Module | None) -> None:
+    def __init__(self, stamp: Stamp, loose: bool) -> None:
+        self.stamp, self.loose = stamp, loose
+
+    def expects(self, x: Any) -> bool:
+        """Whether x is that layer's result; wherever the activation is called, the call is this one."""
+        return self.stamp.is_on(x)
+
+    def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+        """What it was given, or the activation of something else, which another branch brought."""
+        x = next(tensors_in((args, kwargs)))
+        return x if self.loose or self.expects(x) else func(*args, **kwargs)
+
+
+class Deployed:
+    """The site of an operator in a deployed model. `child`: its RoundedOperator, or that one's name in the owner."""
+
+    def __init__(self, child: str | nn.Module) -> None:
         self.child = child
 
     def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The operator's result, or what it was given."""
-        if self.child is None:
-            return next(tensors_in((args, kwargs)))
+        """The operator's result."""
         layer = owner._modules[self.child] if isinstance(self.child, str) else self.child
         assert isinstance(layer, RoundedOperator)
         return layer.run(func, args, kwargs)
@@ -217,6 +241,7 @@ class Sites:
         self.ops: set[str] = set()
         self.float: set[tuple[str, Place, int]] = set()  # where the plan leaves an operator as it is
         self.told: set[str] = set()
+        self.ends: dict[str, list[Any]] = {}  # activations by operator, which are known by what they read
         self.made_here = False  # whether one of them is in a module that the forward makes
         self.shared = False  # whether one of them is in a shared activation
 
@@ -224,6 +249,8 @@ class Sites:
         """Have `act` called at `site`."""
         self.acts[site.op, site.place, site.repeat] = act
         self.ops.add(site.op)
+        if isinstance(act, End):
+            self.ends.setdefault(site.op, []).append(act)
         self._look(site)
 
     def leave(self, site: Site) -> None:
@@ -234,6 +261,16 @@ class Sites:
     def _look(self, site: Site) -> None:
         self.shared |= bool(site.through)
         self.made_here |= MADE_HERE in site.place and not site.through
+
+    def act(self, op: str, where: Place, repeat: int, args: Any, kwargs: Any) -> Any:
+        """What is to happen at a call, or None: by what it reads, where that is known, else by its place."""
+        ends = self.ends.get(op)
+        if ends:
+            x = next(tensors_in((args, kwargs)), None)
+            by_reading = next((end for end in ends if end.expects(x)), None)
+            if by_reading is not None:
+                return by_reading
+        return self.acts.get((op, where, repeat))
 
     def tell(self, owner: nn.Module, op: str) -> None:
         """Say once that an operator stays float that was not recorded."""
@@ -279,7 +316,7 @@ class _Interceptor(TorchFunctionMode):
         if op in call.sites.ops and (where := place(_forward_under.__code__, known=call.known)) is not None:
             repeat = call.counts[op, where]
             call.counts[op, where] += 1
-            act = call.sites.acts.get((op, where, repeat))
+            act = call.sites.act(op, where, repeat, args, kwargs)
             if act is not None:
                 return act(call.owner, func, args, kwargs)
             computes = any(tensor.is_floating_point() for tensor in tensors_in((args, kwargs)))
@@ -355,6 +392,12 @@ def is_prepared(model: nn.Module) -> bool:
     return any(is_group_head(module) or SITES in module.__dict__ for module in model.modules())
 
 
+def prepared_elsewhere(model: nn.Module) -> str | None:
+    """The name of a module that belongs to a group of another prepared model; None if there is none."""
+    held = (name for name, module in model.named_modules() if KEY in module.__dict__ or SHARED in module.__dict__)
+    return None if is_prepared(model) else next(held, None)
+
+
 def is_owner(module: nn.Module) -> bool:
     """Whether operators of `module` are planned."""
     return SITES in module.__dict__
@@ -383,4 +426,8 @@ def deploy_sites(owner: nn.Module) -> None:
             owner.add_module(child, layer)
             sites.acts[key] = Deployed(child)
         elif isinstance(act, End):
-            sites.acts[key] = Deployed(None)
+            sites.acts[key] = Done(act.group.stamp, act.group.loose)
+    sites.ends = {}
+    for (op, *_), act in sites.acts.items():
+        if isinstance(act, Done):
+            sites.ends.setdefault(op, []).append(act)

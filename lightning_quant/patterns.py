@@ -201,9 +201,15 @@ def clamp_of(module: nn.Module) -> Clamp | None:
 
 
 def is_plain_activation(module: nn.Module) -> bool:
-    """Whether a module is one of torch's activations without parameters: it does what a function called there would do."""
+    """Whether a module is one of torch's activations without parameters: it does what a function called there would do.
+
+    Those of the table, and those whose function ends a pattern of the user's ("mish" for `nn.Mish`).
+    """
     kinds = [*(cls for cls, *_ in _CLAMPS), *(cls for cls, _ in _CURVES)]
-    return any(is_kind(module, cls) for cls in kinds if cls is not nn.PReLU)
+    if any(is_kind(module, cls) for cls in kinds if cls is not nn.PReLU):
+        return True
+    own = type(module).__module__ == nn.modules.activation.__name__ and next(module.parameters(), None) is None
+    return own and is_registered(type(module).__name__.lower())
 
 
 def is_activation(module: nn.Module, head: nn.Module) -> bool:

@@ -248,7 +248,8 @@ def plan_from_graph(
     left = {} if graph is None else {**_left(layers, graph, known, selected), **left}
     members = {name for layer in layers for name in layer.fused_with}
     operators = {} if graph is None else graph.operators
-    operators = {name: one for name, one in operators.items() if one.site.op in known or name in members}
+    kept = {name for name, one in operators.items() if one.site.op in known or is_registered(one.site.op)}
+    operators = {name: one for name, one in operators.items() if name in kept | members}
     return Plan(
         layers=tuple(_renamed(layer, prefix) for layer in layers),
         notes=(*notes, *([] if graph is None else _read_elsewhere(layers, graph))),

@@ -14,7 +14,17 @@ from torch import nn
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.fusion import Ending, FusedGroup, install
 from lightning_quant.group import Group, Share, group_of, is_group_head, join, leave
-from lightning_quant.intercept import End, Head, OperatorGroup, disown, is_owner, is_prepared, operator_groups, own
+from lightning_quant.intercept import (
+    End,
+    Head,
+    OperatorGroup,
+    disown,
+    is_owner,
+    is_prepared,
+    operator_groups,
+    own,
+    prepared_elsewhere,
+)
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
 from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.learned import ACTIVATION_METHODS
@@ -47,6 +57,8 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
         group.shares = _shares(group, layer)
         if isinstance(group, Ending):  # a hook may hand on another tensor, too
             group.loose = layer.loose or any(modules[name]._forward_hooks for name in (layer.name, *layer.fused_with)[:-1])
+            through = group.activation.site.through if isinstance(group.activation, Operator) else ""
+            group.stands_for = model.get_submodule(through) if through else None
     try:
         for group, head in groups:  # operators first: a module may own some and be quantized itself
             _catch(group, head, model)
@@ -71,6 +83,11 @@ def _modules_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The modules of `model` and the operators of `plan` by name; a ConfigError if the plan is not for this model."""
     if is_prepared(model):
         raise ConfigError(f"{type(model).__name__} is already prepared; call restore_model(model) first.")
+    if (name := prepared_elsewhere(model)) is not None:
+        raise ConfigError(
+            f"{name!r} of {type(model).__name__} is part of another prepared model, too; give each a module of its own, or call "
+            "restore_model on the other one first."
+        )
     modules = {**plan.operators, **dict(model.named_modules())}
     missing = [name for layer in plan.layers for name in (layer.name, *layer.fused_with) if name not in modules]
     sites = [modules[name] for layer in plan.layers for name in (layer.name, *layer.fused_with) if name not in missing]

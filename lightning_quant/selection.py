@@ -62,6 +62,8 @@ class Modules:
         """What there is to say of a name that nothing has, if it may be an operator's."""
         if name in self.unset:
             return f" It is an operator without a setting. {_register(self.unset[name].site.op)}"
+        if (calls := self.sites.get(re.sub(r"_\d+$", "", name))) is not None:
+            return f" Its calls are {', '.join(calls)}."
         op = re.sub(r"_\d+$", "", name.rpartition(".")[2])
         unseen = not self.recorded and op in QuantizationSetting.registry
         return " Operators that a forward calls as functions show only with example_input." if unseen else ""

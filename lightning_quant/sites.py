@@ -139,9 +139,10 @@ class Operator(nn.Module):
         return args[position] if position < len(args) else kwargs.get(name, default)
 
     def is_called_so(self, args: Any, kwargs: Any) -> bool:
-        """Whether a call has the constants of the recorded one."""
+        """Whether a call of an activation has the constants of the recorded one; it may work in place or not."""
         slots = itertools.count()
-        return bool(on_tensors(lambda _: Slot(next(slots)), (tuple(args), dict(kwargs))) == self.call)
+        here = on_tensors(lambda _: Slot(next(slots)), (tuple(args), dict(kwargs)))
+        return bool(_without_switches(here) == _without_switches(self.call))
 
     def extra_repr(self) -> str:
         """Its owner."""
@@ -149,6 +150,11 @@ class Operator(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty_operator, (self.site.op,), self.__getstate__()
+
+
+def _without_switches(call: Any) -> Any:
+    args, kwargs = call
+    return [one for one in args if not isinstance(one, bool)], {k: one for k, one in kwargs.items() if not isinstance(one, bool)}
 
 
 def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:

@@ -74,7 +74,8 @@ def test_nothing_a_user_holds_changes_during_fit(quiet_trainer: TrainerMaker) ->
     model.get_submodule("conv1").register_forward_pre_hook(lambda m, args: calls.append(1))
     model.get_submodule("relu1").register_forward_hook(lambda m, args, out: calls.append(2))
     before = traces(model)[:-1]
-    fit(quiet_trainer, model, QuantFusionCallback(FUSED), more=[watch], num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="hooks on conv1, relu1 are not in the deployed copy"):
+        fit(quiet_trainer, model, QuantFusionCallback(FUSED), more=[watch], num_sanity_val_steps=0)
     assert len(watch.seen) == 4
     assert all(seen == before for seen in watch.seen)
     assert traces(model)[:-1] == before
@@ -630,7 +631,8 @@ def test_two_failed_formats_are_both_said(quiet_trainer: TrainerMaker) -> None:
 def test_hooks_on_members_are_named_in_the_plan(quiet_trainer: TrainerMaker) -> None:
     model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
     model.get_submodule("relu1").register_forward_hook(lambda m, args, out: None)
-    fit(quiet_trainer, model, callback)
+    with pytest.warns(UserWarning, match="hooks on relu1 are not in the deployed copy"):
+        fit(quiet_trainer, model, callback)
     assert "hooks on relu1 run while training and are not deployed" in str(callback.plan)
 
 

@@ -639,7 +639,10 @@ def test_a_group_that_names_a_shared_activation_means_the_call_behind_it() -> No
     assert plan.layers[0].members == ("relu_2",)
     model = Calls(lambda m, x: m.relu(m.fc(m.relu(x)) + 1), **parts())
     text = error_of(model, [{"op_types": ["Linear"], "fuse_names": [("fc", "relu")]}], ROW)
-    assert text.endswith("fuse_names ('fc', 'relu_1'): 'relu_1' does not read the output of 'fc' (that is read by 'add').")
+    assert text == (
+        "config_list[0]: fuse_names ('fc', 'relu'): no call of 'relu' reads the output of 'fc' (that is read by 'add'). The call "
+        "behind that one is meant by (..., 'fc', 'add', 'relu')."
+    )
 
 
 @pytest.mark.parametrize(

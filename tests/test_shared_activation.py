@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_quant import convert_model, export_model, fuse_model, load_deployed, make_plan, prepare_model, restore_model
+from lightning_quant import (
+    ConfigError,
+    convert_model,
+    export_model,
+    fuse_model,
+    load_deployed,
+    make_plan,
+    prepare_model,
+    register_fusion,
+    restore_model,
+)
 from lightning_quant.layers import Plan
+from lightning_quant.patterns import USER_ROWS
+from lightning_quant.prepare import quantizers_of
 from lightning_quant.sites import SHARED
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -247,6 +260,109 @@ def test_in_a_checkpoint_it_stays_one_module() -> None:
     prepare_model(model, plan)
     steps(model)
     assert torch.equal(evaluated(convert_model(model)), evaluated(model))
+
+
+class Skipping(nn.Module):
+    """Blocks that can be left out, as in LayerDrop; the last one has a GroupNorm, so nothing is fused there."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)])
+        self.acts = nn.ModuleList([nn.ReLU() for _ in range(3)] if own else [nn.ReLU()] * 3)
+        self.skipped = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (conv, norm, act) in enumerate(zip(self.convs, self.norms, self.acts, strict=True)):
+            if i != self.skipped:
+                x = act(norm(conv(x)))
+        return x
+
+
+def test_a_skipped_block_does_not_shift_what_is_deployed() -> None:
+    outputs: list[Tensor] = []
+    for own in (False, True):
+        model = Skipping(own)
+        prepare_model(model, make_plan(model, [{"op_types": ["Conv2d"]}], example_input=X))
+        steps(model)
+        deployed = convert_model(model)
+        model.skipped = deployed.skipped = 1  # type: ignore[assignment]
+        assert (evaluated(deployed) >= 0).all(), "the last activation is still there"
+        assert torch.equal(evaluated(deployed), evaluated(model))
+        outputs.append(evaluated(deployed))
+    assert torch.equal(*outputs)
+
+
+def test_a_block_skipped_in_training_leaves_the_ranges_of_others_alone() -> None:
+    states = []
+    for own in (False, True):
+        model = Skipping(own)
+        with torch.no_grad():
+            model.norms[2].weight.fill_(50.0)  # type: ignore[operator]
+        prepare_model(model, make_plan(model, [{"op_types": ["Conv2d", "ReLU"]}], example_input=X)).train()
+        with torch.no_grad():
+            for model.skipped in (-1, 1, -1, 1):
+                model(X)
+        states.append([list(q.state_dict().values()) for q in quantizers_of(model).values() if q.name.startswith("convs")])
+    assert states[0] == states[1]
+    assert len(states[0]) == 4  # the input, and one behind each layer
+
+
+def test_a_module_of_another_prepared_model_is_refused() -> None:
+    act = nn.ReLU()
+    shared, other = net(False, lambda: act), nn.Sequential(nn.Conv2d(3, 3, 1), act)
+    for first, second, name in ((shared, other, "1"), (other, shared, "0.relu")):
+        prepare_model(first, make_plan(first, INT8, example_input=X))
+        before = {name: type(module) for name, module in second.named_modules()}
+        with pytest.raises(ConfigError, match=f"'{name}' of Sequential is part of another prepared model, too; give each"):
+            prepare_model(second, make_plan(second, INT8, example_input=X))
+        assert {name: type(module) for name, module in second.named_modules()} == before
+        restore_model(first)
+    prepare_model(shared, make_plan(shared, INT8, example_input=X))
+
+
+def test_a_hook_added_later_sees_what_it_saw() -> None:
+    seen: list[Tensor] = []
+    model = net(False)
+    prepare_model(model, make_plan(model, INT8, example_input=X))
+    steps(model)
+    model[0].relu.register_forward_pre_hook(lambda module, args: seen.append(args[0].min()))  # type: ignore[union-attr]
+    evaluated(model)
+    assert len(seen) == 2
+    assert max(seen) < 0, "not what the integer layer has clamped"
+
+
+def test_it_may_be_told_to_work_in_place_later() -> None:
+    model = net(False)
+    prepare_model(model, make_plan(model, INT8, example_input=X))
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    steps(model)
+    assert torch.equal(evaluated(convert_model(model)), evaluated(model))
+
+
+def test_an_activation_that_register_fusion_added_by_name() -> None:
+    assert ("0.conv1", 1) in groups(make_plan(net(False, nn.Mish), INT8, example_input=X))
+    before = list(USER_ROWS)
+    try:
+        register_fusion((nn.Conv2d, nn.BatchNorm2d, "mish"))
+        model = net(False, nn.Mish)
+        plan = make_plan(model, INT8, example_input=X)
+        assert {("0.conv1", 2), ("0.conv2", 1), ("1.conv1", 2)} <= set(groups(plan))
+        prepare_model(model, plan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            steps(model)
+        assert torch.equal(evaluated(convert_model(model)), evaluated(model))
+    finally:
+        USER_ROWS[:] = before
+
+
+def test_names_that_look_like_calls_are_answered_with_the_calls() -> None:
+    with pytest.raises(ConfigError, match=r"'0.relu_3' matches no module.* Its calls are 0.relu_1, 0.relu_2."):
+        make_plan(net(False), [{"op_names": ["0.relu_3"]}], example_input=X)
 
 
 def test_fuse_model_keeps_it() -> None:
