@@ -31,11 +31,13 @@ from lightning_quant.prepare import (
     apply_phase,
     drop_deployed_layers,
     fits,
+    give_to_optimizers,
     load_quantizer_state,
     prepare_model,
     prepared_groups,
     quantizer_state,
     restore_model,
+    take_from_optimizers,
 )
 from lightning_quant.record import copied, moved, split_example, undisturbed
 from lightning_quant.schedule import Clock, Phase, Schedule
@@ -144,11 +146,13 @@ class QuantFusionCallback(Callback):
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
         again = bool(prepared_groups(pl_module))
         state, before = (self._state(pl_module), self.plan) if again else (self._pending, None)
+        take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
         restore_model(pl_module)
         try:
             self._attach(trainer, pl_module, state, again)
         except BaseException:
             # As it was: float, or prepared by the fit before.
+            take_from_optimizers(pl_module, trainer.optimizers)
             restore_model(pl_module)
             if before is not None and state is not None:
                 self.plan = before
@@ -169,6 +173,7 @@ class QuantFusionCallback(Callback):
             self._set_phase(pl_module, _FLOAT)
         else:
             self._load(pl_module, state)
+        give_to_optimizers(pl_module, trainer.optimizers)
         self._module, self._pending = pl_module, None
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
@@ -309,7 +314,7 @@ class QuantFusionCallback(Callback):
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if not state or state["run"] != self._run or not state["phase"]["quantize"]:
                 continue
-            if all(value["low"] is not None for value in state["quantizers"].values()):
+            if all(number is not None for value in state["quantizers"].values() for number in value.values()):
                 return path, checkpoint
         rank_zero_warn(
             f"{type(self).__name__}: no checkpoint of {type(keeper).__name__}(monitor={keeper.monitor!r}) was saved with "

@@ -153,7 +153,8 @@ class Group:
 
     def deployed_now(self, head: nn.Module) -> nn.Module:
         """The deployed layer; built once, from the parameters and ranges as they are now."""
-        numbers = [*self.tensors(head), *(quantizer.changes for quantizer in (*self.quantizers, *self.weights))]
+        moves = [*(quantizer.changes for quantizer in self.quantizers), *(quantizer.changes for quantizer in self.weights)]
+        numbers = [*self.tensors(head), *moves]
         before = self.deployed_from
         same = len(before) == len(numbers) and all(
             a is b or (isinstance(a, int) and a == b) for a, b in zip(before, numbers, strict=True)

@@ -328,8 +328,8 @@ QUANTIZATION: dict[str, Key] = {
         text="How the grid is found and trained. `qat`: the observed range of an activation, the present range of a parameter, "
         "gradients straight through (Jacob et al. 2018). `lsq`: learned scales (Esser et al. 2020). `lsq+`: learned scales, and "
         "learned offsets of activations (Bhalgat et al. 2020). `pact`: a learned clipping level of activations, parameters as "
-        "`qat` (Choi et al. 2018). `dorefa`: parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). All but "
-        "`qat` have one scale for an activation, and symmetric grids with a sign for parameters.",
+        "`qat` (Choi et al. 2018). `dorefa`: parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). All "
+        "but `qat` have one scale for an activation, and symmetric grids with a sign for parameters.",
     ),
 }
 _TARGETS: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/target"}}

@@ -20,14 +20,14 @@ from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, Grid, aff
 class _LearnedGrid(torch.autograd.Function):
     """A tensor on the grid of a learned scale and offset: y = (clamp(round(x / s) + z, qmin, qmax) - z) s, low = qmin - z.
 
-    x gets g where x / s lies inside the ends, 0 elsewhere (Esser et al. 2020, equation 5). s gets the sum of g (round(x / s) - x / s)
-    inside and g times the end outside (equation 3), which is (sum(g y) - sum(g_x x)) / s. The offset gets the sum of g outside
-    (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
+    x gets g where x / s lies inside the ends, 0 elsewhere (Esser et al. 2020, equation 5). s gets the sum of g (round(x / s)
+    - x / s) inside and g times the end outside (equation 3), which is (sum(g y) - sum(g_x x)) / s. The offset gets the sum of
+    g outside (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: float, high: float, factor: float) -> Tensor:
-        s = float(scale) if x.device.type == "cpu" else scale
+        s = float(scale.detach()) if x.device.type == "cpu" else scale
         y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
         ctx.save_for_backward(x, scale, y)
         ctx.ends = low, high, factor, offset is not None
@@ -39,7 +39,7 @@ class _LearnedGrid(torch.autograd.Function):
         low, high, factor, offset = ctx.ends
         g = grads[0]
         if x.device.type == "cpu":
-            s = float(scale)
+            s = float(scale.detach())
             inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
         else:
             inside = g * (x > low * scale).logical_and_(x < high * scale)
@@ -49,7 +49,7 @@ class _LearnedGrid(torch.autograd.Function):
 
 
 class LearnedActivation(ActivationQuantizer):
-    """What quantizers with a scale of their own have in common: `_start` sets it by the first batch, nothing observed moves it."""
+    """What quantizers with a scale of their own have in common: `_start` sets it by the first batch, no later one moves it."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -98,7 +98,7 @@ class LearnedActivation(ActivationQuantizer):
     def _step(self) -> float:
         with torch.no_grad():  # a step of the optimizer may have gone past zero
             self.scale.clamp_(min=MIN_SCALE)
-        return float32(float(self.scale))
+        return float32(float(self.scale.detach()))
 
     def grid(self) -> Grid:
         """The learned grid as host numbers."""
@@ -112,6 +112,9 @@ class LearnedActivation(ActivationQuantizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x on the grid, same shape and dtype, with gradients to x and to what is learned."""
+        for parameter in self.learned.values():
+            if parameter.device != x.device:  # the model has moved
+                parameter.data = parameter.data.to(x.device)
         if self.rectified and not self.absorbs:
             x = F.hardtanh(x, self.floor, self.cap)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -130,7 +133,7 @@ class LearnedActivation(ActivationQuantizer):
         """The learned numbers and the zero point; None before the first batch."""
         if not self.started:
             return {**dict.fromkeys(self.learned), "zero_point": None}
-        return {**{name: float(value) for name, value in self.learned.items()}, "zero_point": self.zero_point}
+        return {**{name: float(value.detach()) for name, value in self.learned.items()}, "zero_point": self.zero_point}
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved state is of this method."""
@@ -186,7 +189,7 @@ class LsqPlusActivation(LearnedActivation):
     def _step(self) -> float:
         scale = super()._step()
         if self.moves and self.started:
-            zero = round(-float(self.offset) / scale)
+            zero = round(-float(self.offset.detach()) / scale)
             self.zero_point = min(max(zero, self.spec.qmin), self.spec.qmax)
         return scale
 
@@ -244,7 +247,7 @@ class PactActivation(LearnedActivation):
         steps = self.spec.qmax - self.zero_point
         with torch.no_grad():
             self.alpha.clamp_(min=MIN_SCALE * steps)
-        return float32(float(self.alpha) / steps)
+        return float32(float(self.alpha.detach()) / steps)
 
     def _rounded(self, x: Tensor) -> Tensor:
         steps, signed = self.spec.qmax - self.zero_point, self.zero_point > self.spec.qmin
@@ -253,7 +256,7 @@ class PactActivation(LearnedActivation):
 
 
 class DorefaActivation(ActivationQuantizer):
-    """DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160): activations are bounded by [0, 1] and rounded there; nothing is learned."""
+    """DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160): activations are cut to [0, 1] and rounded; nothing is learned."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

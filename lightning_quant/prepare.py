@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.fusion import Ending, FusedGroup, install
@@ -317,6 +318,47 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found = _stateful(model).items()
     return {f"{name}.{key}": parameter for name, quantizer in found for key, parameter in quantizer.learned.items()}
+
+
+def give_to_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Append what a prepared model learns to parameter groups that optimizers have, each to one with its layer's parameters.
+
+    Of groups with the same learning rate one without weight decay is taken, but for clipping levels (PACT), which are to decay.
+    No group is added: schedulers know how many there are. Called twice, it changes nothing.
+    """
+    modules = dict(model.named_modules())
+    for name, parameter in learned_parameters(model).items():
+        if any(parameter is other for optimizer in optimizers for group in optimizer.param_groups for other in group["params"]):
+            continue
+        group = _group_for(name, modules, optimizers)
+        if group is None:
+            raise ConfigError(f"{name} is to be learned, but no optimizer has a parameter group; method 'qat' learns nothing.")
+        group["params"].append(parameter)
+
+
+def take_from_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Undo `give_to_optimizers`; what the optimizers kept for these parameters goes, too."""
+    learned = {id(parameter): parameter for parameter in learned_parameters(model).values()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in learned]
+        for parameter in learned.values():
+            optimizer.state.pop(parameter, None)
+
+
+def _group_for(name: str, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> dict[str, Any] | None:
+    """The parameter group that a learned number joins: that of its layer, else of what is around it, else the first."""
+    layer, _, kind = name.rpartition("._" if "._" in name else ".")
+    while True:
+        parameters = {id(parameter) for parameter in modules[layer].parameters()} if layer in modules else set()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                if any(id(parameter) in parameters for parameter in group["params"]):
+                    even = [g for g in optimizer.param_groups if g.get("lr") == group.get("lr") and not g.get("weight_decay")]
+                    return even[0] if even and not kind.endswith("alpha") else group
+        if not layer:
+            return next((group for optimizer in optimizers for group in optimizer.param_groups), None)
+        layer = layer.rpartition(".")[0]
 
 
 def quantizer_state(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -253,6 +253,8 @@ class LsqWeight(WeightQuantizer):
         """The weight on its learned grid."""
         assert fold is None and channel is None, self.name
         wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        if self.scale.device != weight.device:  # the model has moved
+            self.scale.data = self.scale.data.to(weight.device)
         scale = spread(self._positive(), weight.shape).to(wide.dtype)
         factor = 1 / math.sqrt(self.count * self.spec.qmax)
         y: Tensor = _LearnedRound.apply(wide, scale, self.spec.qmin, self.spec.qmax, factor)
