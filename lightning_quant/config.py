@@ -66,7 +66,9 @@ class TensorSpec:
         -2^(N-1)+1, symmetric about zero, so that a negative batch-norm scale folds into the integers by negation.
         """
         bits = int(dtype.removeprefix("u").removeprefix("int"))
-        if dtype.startswith("u"):
+        if bits == 1:
+            qmin, qmax = -1, 1
+        elif dtype.startswith("u"):
             qmin, qmax = 0, 2**bits - 1
         else:
             qmax = 2 ** (bits - 1) - 1

@@ -339,7 +339,7 @@ def grid_problem(draft: Draft, group: Sequence[str], modules: Mapping[str, nn.Mo
     norms = [name for name in group if name != draft.name and is_batch_norm(modules[name])]
     weight = draft.targets.get(WEIGHT)
     turns = isinstance(draft.module, TRANSPOSED) or (bool(norms) and group[0] == norms[0])
-    if norms and turns and weight is not None and weight.active and weight.spec.method in ("lsq", "lsq+", "dorefa"):
+    if norms and turns and weight is not None and weight.active and weight.spec.method in ("lsq", "lsq+", "dorefa", "bnn"):
         how = "before it" if group[0] == norms[0] else "behind a transposed convolution"
         return f"{norms[0]!r} stands {how}, and folds there only into a weight of method 'qat', not {weight.spec.method!r}."
     if norms and turns and weight is not None and weight.active and (weight.spec.qmin == 0 or weight.spec.scheme != "symmetric"):

@@ -39,7 +39,7 @@ from lightning_quant.folding import Layer, channel_float, channel_weight, fold, 
 from lightning_quant.group import KEY, Group, Member, Strays, hidden, join
 from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
-from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid
+from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
 from lightning_quant.sites import Operator
 from lightning_quant.weights import WeightQuantizer
 
@@ -389,7 +389,7 @@ def deployed_layer(head: nn.Module, group: FusedGroup) -> nn.Module:
     whole = all(map(runs_on_integers, specs))
     whole = whole and isinstance(x, Grid) and (isinstance(y, Grid) or geometry.kind == "linear")
     if whole and not isinstance(head, TRANSPOSED):  # no CPU runtime has an integer kernel for transposed convolutions
-        assert isinstance(x, Grid) and not isinstance(y, BlockGrid)
+        assert isinstance(x, Grid) and not isinstance(y, BlockGrid | SignGrid)
         weight = channel_weight(head) if normalises else fold(group.layer(head))
         layer: nn.Module = IntegerLayer(weight, geometry, x, y, rectify)
     elif normalises:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import lightning_quant.operators  # noqa: F401  (registers them)
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.operators import along_channels
-from lightning_quant.quantizers import BlockGrid, Grid
+from lightning_quant.quantizers import BlockGrid, Grid, SignGrid
 from lightning_quant.weights import WeightQuantizer
 
 EXACT_FLOAT32 = 2**24
@@ -82,17 +82,19 @@ class Rounding(nn.Module):
     """An activation's grid as a module: float tensor in, float32 tensor on the grid out.
 
     Args:
-        grid: one grid for the tensor, or one for each block.
+        grid: one grid for the tensor, or one for each block, or the sign.
         clip: end at the levels that an absorbed activation leaves.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, grid: Grid | BlockGrid, *, clip: bool = False) -> None:
+    def __init__(self, grid: Grid | BlockGrid | SignGrid, *, clip: bool = False) -> None:
         super().__init__()
-        self.grid = grid.unsigned() if isinstance(grid, Grid) else None
-        if isinstance(grid, Grid):
+        self.grid, self.sign = grid.unsigned() if isinstance(grid, Grid) else None, isinstance(grid, SignGrid)
+        if isinstance(grid, SignGrid):
+            self.low, self.high = -1, 1
+        elif isinstance(grid, Grid):
             g = grid.unsigned()
             self.low, self.high = (g.clip_low, g.clip_high) if clip else (g.qmin, g.qmax)
         else:
@@ -105,6 +107,8 @@ class Rounding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Round x to the grid."""
         ops = torch.ops.lightning_quant
+        if self.sign:
+            return torch.where(x >= 0, 1.0, -1.0)
         if self.grid is None:
             have, want = tuple(self.scale.shape), tuple(x.shape)
             if len(have) != len(want) or any(n not in (1, size) for n, size in zip(have, want, strict=True)):
@@ -117,7 +121,7 @@ class Rounding(nn.Module):
 
     def extra_repr(self) -> str:
         """The integers."""
-        return f"{self.low}..{self.high}" + (" for each block" if self.grid is None else "")
+        return "sign" if self.sign else f"{self.low}..{self.high}" + (" for each block" if self.grid is None else "")
 
 
 class Stamp:
@@ -358,8 +362,8 @@ class PartlyIntegerLayer(nn.Module):
         self,
         folded: FoldedWeight | tuple[Tensor, Tensor],
         geometry: Geometry,
-        x: Grid | BlockGrid | None,
-        y: Grid | BlockGrid | None,
+        x: Grid | BlockGrid | SignGrid | None,
+        y: Grid | BlockGrid | SignGrid | None,
         rectify: tuple[float, float] | None,
     ) -> None:
         super().__init__()
@@ -428,7 +432,7 @@ class ActivatedLayer(nn.Module):
         y: grid of the activation's output, or None.
     """
 
-    def __init__(self, layer: nn.Module, activation: Callable[[Tensor], Tensor], y: Grid | BlockGrid | None) -> None:
+    def __init__(self, layer: nn.Module, activation: Callable[[Tensor], Tensor], y: Grid | BlockGrid | SignGrid | None) -> None:
         super().__init__()
         self.layer, self.rounds_out = layer, None if y is None else Rounding(y)
         self.__dict__["_forward_of"] = activation  # not a child: the prepared model holds it already

@@ -16,7 +16,7 @@ SCHEMES = ("affine", "symmetric")
 GRANULARITIES = ("default", "per_tensor", "out_channel", "in_channel", "per_channel")
 APPLY_METHODS = ("bypass", "clamp_round", "qat_clamp_round")
 OBSERVERS = ("default", "moving_average", "minmax")
-METHODS = ("qat", "lsq", "lsq+", "pact", "dorefa")
+METHODS = ("qat", "lsq", "lsq+", "pact", "dorefa", "bnn")
 INPUT, WEIGHT, OUTPUT = "_input_", "weight", "_output_"
 
 Problems = list[str]
@@ -120,11 +120,8 @@ def _dtype(value: Any, where: str, problems: Problems) -> str:
         word = f"int{value}" if type(value) is int else str(value).removeprefix("torch.").lower()
         near = guess(word, ("int8", "uint8", "int4", "uint4", "int16", "uint16"))
         problems.append(f"{where}: {value!r} is no integer type; allowed: int2 to int16 and uint2 to uint16.{near}")
-    elif found[2] == "1":
-        problems.append(
-            f"{where}: {value!r} has one bit, which only the binary method can train, and this release has no such method; "
-            "allowed: int2 to int16 and uint2 to uint16."
-        )
+    elif found[0] == "uint1":
+        problems.append(f"{where}: {value!r} has one bit without a sign; one bit is int1, the values -1 and 1, of method 'bnn'.")
     elif len(found[2]) > 2 or int(found[2]) > 16:
         problems.append(f"{where}: {value!r} has more than 16 bits; allowed: int2 to int16 and uint2 to uint16.")
     return str(value)
@@ -284,8 +281,8 @@ SELECTION: dict[str, Key] = {
 QUANTIZATION: dict[str, Key] = {
     "quant_dtype": Key(
         check=_dtype,
-        schema={"type": "string", "pattern": "^u?int([2-9]|1[0-6])$"},
-        values="`int2` to `int16`, `uint2` to `uint16`",
+        schema={"type": "string", "pattern": "^(int1|u?int([2-9]|1[0-6]))$"},
+        values="`int2` to `int16`, `uint2` to `uint16`, `int1` with method `bnn`",
         default="parameters int8, activations uint8",
         text="The integers: int2 to int16, uint2 to uint16. Parameters of `int<N>` end at -2^(N-1)+1, symmetric about zero, "
         "and so do symmetric activations; affine activations have -2^(N-1), too. More than 8 bits run in float arithmetic.",
@@ -328,8 +325,9 @@ QUANTIZATION: dict[str, Key] = {
         text="How the grid is found and trained. `qat`: the observed range of an activation, the present range of a parameter, "
         "gradients straight through (Jacob et al. 2018). `lsq`: learned scales (Esser et al. 2020). `lsq+`: learned scales, and "
         "learned offsets of activations (Bhalgat et al. 2020). `pact`: a learned clipping level of activations, parameters as "
-        "`qat` (Choi et al. 2018). `dorefa`: parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). All "
-        "but `qat` have one scale for an activation, and symmetric grids with a sign for parameters.",
+        "`qat` (Choi et al. 2018). `dorefa`: parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). "
+        "`bnn`: the sign, int1 (Courbariaux et al. 2016). All but `qat` have one scale for an activation, and symmetric grids "
+        "with a sign for parameters.",
     ),
 }
 _TARGETS: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/target"}}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, Grid, affine_range, float32
+from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, Grid, SignGrid, affine_range, float32
 
 
 class _LearnedGrid(torch.autograd.Function):
@@ -266,11 +266,63 @@ class DorefaActivation(ActivationQuantizer):
         """Nothing: the range is fixed."""
 
 
+class _SignClipped(torch.autograd.Function):
+    """Courbariaux et al. 2016, equation 4: the sign forward, the gradient of the hard tanh backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gradient: Tensor = grads[0] * (x.abs() <= 1)
+        return gradient
+
+
+class BinaryActivation(ActivationQuantizer):
+    """Binarized networks (Courbariaux et al. 2016, arXiv 1602.02830): the sign of the activation, 1 at 0; nothing is learned.
+
+    No runtime has a kernel for it: deployed, it is float arithmetic on -1 and 1.
+    """
+
+    @property
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def observe(self, x: Tensor) -> None:
+        """Nothing: there is no range."""
+
+    def grid(self) -> SignGrid:
+        """The sign."""
+        return SignGrid()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sign of x, of the same dtype; of what an absorbed clamp leaves of x."""
+        y: Tensor = _SignClipped.apply(F.hardtanh(x, self.floor, self.cap) if self.rectified else x)
+        return y
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether nothing was saved."""
+        return not state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: ARG002
+        """Nothing to take over."""
+        self.changes += 1
+
+
 ACTIVATION_METHODS: dict[str, type[ActivationQuantizer]] = {
     "lsq": LsqActivation,
     "lsq+": LsqPlusActivation,
     "pact": PactActivation,
     "dorefa": DorefaActivation,
+    "bnn": BinaryActivation,
 }
 
 __all__ = ["ACTIVATION_METHODS", "LearnedActivation"]

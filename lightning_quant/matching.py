@@ -345,8 +345,10 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
     keys = {**template, **rule.settings, **own}
     place, notes = f"{rule.where}['target_settings'][{target!r}]", list[str]()
     method = keys.get("method", "qat")
-    if method == "dorefa" and not activation and keys["granularity"] == "default":
+    if method in ("dorefa", "bnn") and not activation and keys["granularity"] == "default":
         keys["granularity"] = "per_tensor"
+    if method == "bnn" and not {"quant_dtype"} & {*matching_keys(setting, target, module), *rule.settings, *own}:
+        keys.update(quant_dtype="int1", quant_scheme="symmetric")
     granularity, problem = _granularity(keys["granularity"], target, module)
     if problem is not None and "granularity" in own:
         raise ConfigError(f"{place}['granularity']: {problem}")
@@ -373,6 +375,10 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
 
 def _method_problem(spec: TensorSpec, activation: bool) -> str | None:
     """Why a target cannot be trained by its method as it is otherwise decided; None if it can."""
+    if spec.method == "bnn" and spec.dtype != "int1":
+        return f"its values are -1 and 1, quant_dtype 'int1', not {spec.dtype!r}; leave quant_dtype out."
+    if spec.dtype == "int1" and spec.method != "bnn":
+        return "int1 has one bit, which only method 'bnn' trains."
     if spec.method == "qat" or (spec.method == "pact" and not activation):
         return None
     if activation:
@@ -383,7 +389,7 @@ def _method_problem(spec: TensorSpec, activation: bool) -> str | None:
         return None
     if spec.scheme != "symmetric" or spec.qmin == 0:
         return f"a parameter has a grid without a zero point, quant_scheme 'symmetric' and an int quant_dtype, not {spec}."
-    if spec.method == "dorefa" and spec.granularity != "per_tensor":
+    if spec.method in ("dorefa", "bnn") and spec.granularity != "per_tensor":
         return f"a parameter has one scale, granularity 'default' or 'per_tensor', not {spec.granularity}."
     return None
 

@@ -74,6 +74,11 @@ class BlockGrid:
     spec: TensorSpec
 
 
+@dataclass(frozen=True, kw_only=True)
+class SignGrid:
+    """The two values -1 and 1; 0 and above is 1."""
+
+
 def block_range(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(least, greatest) value of each block; `kernel`: the block size along each dimension of x, -1 for all of it.
 
@@ -230,7 +235,7 @@ class ActivationQuantizer:
             moved = torch.where(torch.isnan(old), new, moved)  # NaN: no batch has counted yet
             setattr(self, name, torch.where(finite, moved, old))
 
-    def grid(self) -> Grid | BlockGrid:
+    def grid(self) -> Grid | BlockGrid | SignGrid:
         """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
         assert self.low is not None and self.high is not None, self.name
         spec = self.spec

@@ -155,7 +155,7 @@ _DEVIATIONS = """\
 | `quant_dtype` is required in every entry and in every target's settings | everything has a default | |
 | the targets of a linear or convolution layer include `bias` | `bias` only where it is named | a bias goes to the int32 grid of its layer by itself |
 | `out_channel` beside `_input_` fails | applies to the weight; the activation keeps one scale, and the plan says so | the commonest wish in one line |
-| `int1` is a grid of nothing but 0 | refused | one bit needs the binary method |
+| `int1` is a grid of nothing but 0 | `int1` is -1 and 1, with method `bnn` | |
 | `apply_method` is overwritten by the quantizer | honoured; left out, `qat_clamp_round` | |
 | a batch with NaN or infinity stays in the range for good | is left out and reported | |
 | `clamp_round` and `qat_clamp_round` give weights the scale of a lagging average | weights use their range now | a lagging range clips weights that grow |

@@ -245,8 +245,19 @@ WORDS: dict[str, Row] = {
     "int0": row(linear(quant_dtype="int0"), f"{FIRST}['quant_dtype']: 'int0' is no integer type; {TYPES} Did you mean 'int8'?"),
     "int1": row(
         linear(quant_dtype="int1"),
-        f"{FIRST}['quant_dtype']: 'int1' has one bit, which only the binary method can train, and this release has no such "
-        f"method; {TYPES}",
+        *(
+            f"{FIRST}: method 'qat' of {target!r} of Linear: int1 has one bit, which only method 'bnn' trains."
+            for target in ("_input_", "weight", "_output_")
+        ),
+    ),
+    "uint1": row(
+        linear(quant_dtype="uint1"),
+        f"{FIRST}['quant_dtype']: 'uint1' has one bit without a sign; one bit is int1, the values -1 and 1, of method 'bnn'.",
+    ),
+    "bnn of 8 bits": row(
+        names("fc1", method="bnn", quant_dtype="int8", target_names=["weight"]),
+        f"{FIRST}: method 'bnn' of 'weight' of Linear: its values are -1 and 1, quant_dtype 'int1', not 'int8'; leave quant_dtype "
+        "out.",
     ),
     "int17": row(linear(quant_dtype="int17"), f"{FIRST}['quant_dtype']: 'int17' has more than 16 bits; {TYPES}"),
     "uint99": row(weight(quant_dtype="uint99"), f"{WEIGHT}['quant_dtype']: 'uint99' has more than 16 bits; {TYPES}"),
@@ -785,7 +796,11 @@ def test_all_problems_of_the_words_are_reported_together(example: Any) -> None:
         {"op_type": ["Linear"], "granularity": [0]},
         3,
         "int9",
-        {"op_names_re": ["("], "fuse_names": [("a",)], "target_settings": {"weight": {"quant_dtype": "int1", "x": 1}, "bias": 0}},
+        {
+            "op_names_re": ["("],
+            "fuse_names": [("a",)],
+            "target_settings": {"weight": {"quant_dtype": "uint1", "x": 1}, "bias": 0},
+        },
     ]
     assert refusal(watched(), config, example) == together(
         f"{FIRST}: unknown key 'op_type'; allowed: {KEYS}. Did you mean 'op_types'?",
@@ -794,8 +809,8 @@ def test_all_problems_of_the_words_are_reported_together(example: Any) -> None:
         "config_list[2]: 'int9' is no preset; known: int8, int8-weight-only, w4a8. Did you mean 'int8'?",
         "config_list[3]['op_names_re']: '(' is no regular expression: missing ), unterminated subpattern at position 0.",
         f"config_list[3]['target_settings']['weight']: unknown key 'x'; allowed: {TARGET_KEYS}.",
-        "config_list[3]['target_settings']['weight']['quant_dtype']: 'int1' has one bit, which only the binary method can train, "
-        f"and this release has no such method; {TYPES}",
+        "config_list[3]['target_settings']['weight']['quant_dtype']: 'uint1' has one bit without a sign; one bit is int1, the "
+        "values -1 and 1, of method 'bnn'.",
         "config_list[3]['target_settings']['bias']: expected a dict of settings, got 0.",
         "config_list[3]['fuse_names'][0]: a group has 2 to 5 names, got 1: ('a',).",
     )

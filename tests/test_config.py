@@ -250,13 +250,8 @@ SIZES = "nor a list of block sizes such as [1, -1]."
 WORDS: list[tuple[str, Any, str]] = [
     (
         "quant_dtype",
-        "int1",
-        f"'int1' has one bit, which only the binary method can train, and this release has no such method; {TYPES}",
-    ),
-    (
-        "quant_dtype",
         "uint1",
-        f"'uint1' has one bit, which only the binary method can train, and this release has no such method; {TYPES}",
+        "'uint1' has one bit without a sign; one bit is int1, the values -1 and 1, of method 'bnn'.",
     ),
     ("quant_dtype", "int17", f"'int17' has more than 16 bits; {TYPES}"),
     ("quant_dtype", "uint99", f"'uint99' has more than 16 bits; {TYPES}"),

@@ -332,8 +332,10 @@ def test_the_moving_average_of_the_acceptance_list() -> None:
     made = ActivationQuantizer(activation("int8"), "fc1._input_")
     made.observe(torch.tensor([0.5, 2.0]))
     assert made.state_dict() == {"low": 0.5, "high": 2.0}
-    assert made.grid().scale == pytest.approx(2 / 255, rel=1e-7)
-    assert made.grid().zero_point == -128
+    grid = made.grid()
+    assert isinstance(grid, Grid)
+    assert grid.scale == pytest.approx(2 / 255, rel=1e-7)
+    assert grid.zero_point == -128
     made.observe(torch.tensor([[-1.0], [4.0]]))
     state = made.state_dict()
     assert state["low"] == pytest.approx(0.5 + 0.01 * (-1 - 0.5))  # 0.485

@@ -403,7 +403,7 @@ def test_local_settings_of_a_type_that_is_nowhere_registered() -> None:
 
 
 WRONG_LOCAL: list[tuple[Any, str]] = [
-    ({"Own": {"p": {"quant_dtype": "int1"}}}, r"settings\['Own'\]\['p'\]\['quant_dtype'\]: 'int1' has one bit"),
+    ({"Own": {"p": {"quant_dtype": "uint1"}}}, r"settings\['Own'\]\['p'\]\['quant_dtype'\]: 'uint1' has one bit"),
     ({"Own": {}}, r"settings\['Own'\]: the setting has no target"),
     ({"Own": None}, r"settings\['Own'\]: expected a dict from target to settings"),
     ([1], "settings: expected a dict from module type to setting"),

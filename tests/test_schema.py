@@ -77,7 +77,7 @@ def test_what_the_parser_takes_the_schema_takes(config_list: Any) -> None:
         {"op_types": "Linear"},
         {"op_types": []},
         {"op_types": ["Linear"], "quant_dtyp": "int8"},
-        *({"op_types": ["Linear"], "quant_dtype": dtype} for dtype in ("int1", "int17", "float8", "int08", 8)),
+        *({"op_types": ["Linear"], "quant_dtype": dtype} for dtype in ("uint1", "int17", "float8", "int08", 8)),
         *({"op_types": ["Linear"], "granularity": value} for value in ("channel", [0], [[1], "left", -1], [[1]], [1.5], [True])),
         *(
             {"op_types": ["Linear"], "target_settings": value}
