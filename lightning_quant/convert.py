@@ -45,6 +45,8 @@ def convert_model(model: nn.Module) -> nn.Module:
             "representative data through these layers first, or leave them out of config_list."
         )
     deployed = copy_of(model)
+    for quantizer in quantizers_of(deployed).values():
+        quantizer.settled = True
     for module in deployed.modules():
         module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
     groups = list(prepared_groups(deployed).values())

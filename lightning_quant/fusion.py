@@ -191,6 +191,11 @@ class FusedGroup(Ending):
         return [quantizer for quantizer in (self.input, self.inner, self.output) if quantizer is not None]
 
     @property
+    def parameter_quantizers(self) -> list[WeightQuantizer]:
+        """Of the weight and of the bias, where they are rounded."""
+        return [quantizer for quantizer in (self.weight, self.bias) if quantizer is not None]
+
+    @property
     def members(self) -> list[nn.Module]:
         """The modules and operators behind the head, in order."""
         return [module for module in (self.norm, self.activation) if module is not None]

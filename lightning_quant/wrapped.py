@@ -76,6 +76,11 @@ class ModuleGroup(Group):
         """Of the arguments, then of the outputs."""
         return [quantizer for _, quantizer, _, _ in self.inputs] + [quantizer for quantizer, _, _ in self.outputs.values()]
 
+    @property
+    def parameter_quantizers(self) -> list[WeightQuantizer]:
+        """Of the parameters."""
+        return list(self.parameters.values())
+
     def rounding(self, quantizer: ActivationQuantizer, owned: bool, applied: bool) -> Round:
         """What happens to one activation in this pass: its range moves, then it is rounded."""
 

@@ -279,7 +279,7 @@ WORDS: dict[str, Row] = {
     ),
     "observer": row(
         linear(observer="histogram"),
-        f"{FIRST}['observer']: 'histogram' is not one of default, moving_average, minmax.",
+        f"{FIRST}['observer']: 'histogram' is not one of default, moving_average, minmax, percentile, entropy, mse.",
     ),
     "method": row(linear(method="lsq"), f"{FIRST}['method']: 'lsq' is not one of qat."),
     "target_settings as a list": row(
@@ -556,8 +556,8 @@ MODULES: dict[str, Row] = {
     ),
     "an observer of a weight": row(
         names("fc1", target_settings={"weight": {"observer": "minmax"}}),
-        "config_list[0]['target_settings']['weight']['observer']: observers are for activations; a parameter's range is that of "
-        "its values now.",
+        "config_list[0]['target_settings']['weight']['observer']: minmax is for activations; a parameter's range is that of its "
+        "values now (default), or the share of it that rounds best (mse).",
     ),
     "a granularity that fits no target": row(
         names("fc1", target_names=["weight"], granularity="per_channel"),
@@ -569,7 +569,8 @@ MODULES: dict[str, Row] = {
     ),
     "an observer for parameters alone": row(
         names("fc1", target_names=["weight", "bias"], observer="minmax"),
-        f"{FIRST}['observer']: observers are for activations, and this entry quantizes parameters only.",
+        f"{FIRST}['observer']: observers are for activations, and this entry quantizes parameters only; what they can have "
+        "(default, mse) stands in target_settings.",
     ),
     "high-precision output of no layer": row(
         [{"op_types": ["ReLU"], "high_precision_output": True}],
