@@ -406,6 +406,19 @@ def test_other_float_dtypes_are_counted_as_what_they_are(dtype: torch.dtype) -> 
     assert quantizer(x).dtype == dtype
 
 
+@pytest.mark.parametrize("observer", HISTOGRAMS)
+def test_the_arithmetic_of_accelerators_gives_the_same_numbers(observer: str) -> None:
+    """On the host's tensors: what an accelerator runs, where range and scale are 0-dim tensors."""
+    x = sample("normal", 2000)
+    one, two = observed(observer), observed(observer)
+    for batch in x.chunk(12):
+        for quantizer in (one, two):
+            quantizer.observe(batch)
+        assert torch.equal(one._on_host(batch), two._on_device(batch))
+    assert (one.low, one.high) == (two.low, two.high)
+    assert one.searched == two.searched == 11
+
+
 # -- which range when --------------------------------------------------------------------------------------------------
 
 
