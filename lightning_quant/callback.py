@@ -32,6 +32,7 @@ from lightning_quant.prepare import (
     drop_deployed_layers,
     fits,
     give_to_optimizers,
+    is_complete,
     load_quantizer_state,
     prepare_model,
     prepared_groups,
@@ -314,7 +315,7 @@ class QuantFusionCallback(Callback):
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if not state or state["run"] != self._run or not state["phase"]["quantize"]:
                 continue
-            if all(number is not None for value in state["quantizers"].values() for number in value.values()):
+            if is_complete(state["quantizers"]):
                 return path, checkpoint
         rank_zero_warn(
             f"{type(self).__name__}: no checkpoint of {type(keeper).__name__}(monitor={keeper.monitor!r}) was saved with "

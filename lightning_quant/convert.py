@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
 from lightning_quant.fusion import Ending
-from lightning_quant.group import Strays, leave
+from lightning_quant.group import Group, Strays, leave
 from lightning_quant.integer import ActivatedLayer
 from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner
 from lightning_quant.prepare import prepared_groups, quantizers_of
@@ -53,27 +53,35 @@ def convert_model(model: nn.Module) -> nn.Module:
             stacklevel=2,
         )
     deployed = copy_of(model)
+    for quantizer in quantizers_of(deployed).values():
+        quantizer.settled = True
     for module in deployed.modules():
         module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
     groups = list(prepared_groups(deployed).values())
     for owner in [module for module in deployed.modules() if is_owner(module)]:
         deploy_sites(owner)
     for head, group in groups:
-        for member in (*group.ahead, *group.members):
-            replace_module(deployed, member, nn.Identity())
-        if not isinstance(group, OperatorGroup):
-            replace_module(deployed, head, layer := group.deploy(head))
-            if isinstance(group, Ending) and isinstance(group.activation, Operator):
-                layer.register_forward_hook(group.stamp)
-            if isinstance(layer, QuantizedModule):
-                layer.take_over()
-            if isinstance(layer, ActivatedLayer):
-                assert isinstance(group, Ending) and group.activation is not None
-                leave(group.activation)
-                group.activation._forward_hooks.clear()
-                group.activation._forward_pre_hooks.clear()
-                layer.take_over(group.activation)
+        _deploy(deployed, head, group)
     return deployed.eval()
+
+
+def _deploy(deployed: nn.Module, head: nn.Module, group: Group) -> None:
+    """Put the integer layer of a group in the place of its head, and nothing in that of its members."""
+    for member in (*group.ahead, *group.members):
+        replace_module(deployed, member, nn.Identity())
+    if isinstance(group, OperatorGroup):
+        return
+    replace_module(deployed, head, layer := group.deploy(head))
+    if isinstance(group, Ending) and isinstance(group.activation, Operator):
+        layer.register_forward_hook(group.stamp)
+    if isinstance(layer, QuantizedModule):
+        layer.take_over()
+    if isinstance(layer, ActivatedLayer):
+        assert isinstance(group, Ending) and group.activation is not None
+        leave(group.activation)
+        group.activation._forward_hooks.clear()
+        group.activation._forward_pre_hooks.clear()
+        layer.take_over(group.activation)
 
 
 def _hooked(model: nn.Module) -> list[str]:

@@ -207,8 +207,8 @@ class FusedGroup(Ending):
         return [quantizer for quantizer in (self.input, self.inner, self.output) if quantizer is not None]
 
     @property
-    def weights(self) -> list[WeightQuantizer]:
-        """Of weight and bias, where they are rounded."""
+    def parameter_quantizers(self) -> list[WeightQuantizer]:
+        """Of the weight and of the bias, where they are rounded."""
         return [quantizer for quantizer in (self.weight, self.bias) if quantizer is not None]
 
     @property

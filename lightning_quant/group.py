@@ -90,8 +90,8 @@ class Group:
         raise NotImplementedError
 
     @property
-    def weights(self) -> list[WeightQuantizer]:
-        """Those of its parameters."""
+    def parameter_quantizers(self) -> list[WeightQuantizer]:
+        """Those of the head's parameters."""
         return []
 
     @property
@@ -129,6 +129,11 @@ class Group:
         self.again = torch._C._current_graph_task_id() != -1
         self.training = head.training
         self.observing = head.training and self.phase.observe and not self.again
+        if not self.again:
+            for quantizer in self.quantizers:
+                quantizer.settled = not self.observing
+        for parameter in self.parameter_quantizers:
+            parameter.training = self.training
         self.integer_pass = (
             not any(module.training for module in (head, *self.ahead, *self.members))
             and self.phase.quantize
@@ -153,8 +158,8 @@ class Group:
 
     def deployed_now(self, head: nn.Module) -> nn.Module:
         """The deployed layer; built once, from the parameters and ranges as they are now."""
-        moves = [*(quantizer.changes for quantizer in self.quantizers), *(quantizer.changes for quantizer in self.weights)]
-        numbers = [*self.tensors(head), *moves]
+        numbers: list[Any] = [*self.tensors(head), *(quantizer.changes for quantizer in self.quantizers)]
+        numbers += [quantizer.changes for quantizer in self.parameter_quantizers]
         before = self.deployed_from
         same = len(before) == len(numbers) and all(
             a is b or (isinstance(a, int) and a == b) for a, b in zip(before, numbers, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_quant.config import ConfigError, Rule, TensorSpec
-from lightning_quant.keys import INPUT, OUTPUT, WEIGHT, Blocks, Problems, closest, guess
+from lightning_quant.keys import INPUT, OUTPUT, WEIGHT, WEIGHT_OBSERVERS, Blocks, Problems, closest, guess, plain_observer
 from lightning_quant.patterns import TRANSPOSED, is_batch_norm, is_head
 from lightning_quant.selection import Modules, select
 from lightning_quant.settings import (
@@ -295,7 +295,7 @@ def _decide(rule: Rule, setting: Setting, target: str, draft: Draft, explicit: b
     if before is not None:
         notes = (*notes, f"overrules {before.decided_by}")
     said = {"bypass": "bypass: stays float", "clamp_round": "clamp_round"}.get(spec.apply_method, "")
-    found = [spec.observer] if spec.observer == "minmax" else []
+    found = [spec.observer] if spec.observer not in ("default", "moving_average") else []
     trained = [spec.method] if spec.method != "qat" else []
     notes = tuple(note for note in (*notes, said, *found, *trained) if note)
     own = matching_keys(rule.target_settings, target, draft.module)
@@ -357,20 +357,40 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
         granularity, problem = _granularity(template["granularity"], target, module)
     if problem is not None:
         raise ConfigError(f"QuantizationSetting of {type(module).__name__}[{target!r}]['granularity']: {problem}")
-    if not activation and own.get("observer", "default") != "default":
-        raise ConfigError(f"{place}['observer']: observers are for activations; a parameter's range is that of its values now.")
+    observer = plain_observer((keys if activation else {**template, **own}).get("observer", "default"))
+    problem = _observer_problem(observer, keys["quant_scheme"], granularity, activation)
+    if problem is not None:
+        said = place if "observer" in own else rule.where if activation and "observer" in rule.settings else None
+        raise ConfigError(f"{said or f'QuantizationSetting of {type(module).__name__}[{target!r}]'}['observer']: {problem}")
     spec = TensorSpec.make(
         keys["quant_dtype"],
         keys["quant_scheme"],
         granularity,
         weight=not activation,
         apply_method=keys.get("apply_method", "qat_clamp_round"),
-        observer=keys.get("observer", "default") if activation else "default",
+        observer=observer,
         method=method,
     )
     if (problem := _method_problem(spec, activation)) is not None:
         raise ConfigError(f"{rule.where}: method {method!r} of {target!r} of {type(module).__name__}: {problem}")
     return spec, tuple(notes)
+
+
+def _observer_problem(observer: str, scheme: str, granularity: str | Blocks, activation: bool) -> str | None:
+    """Why a target on this grid cannot have an observer, or None."""
+    if not activation and observer not in WEIGHT_OBSERVERS:
+        return (
+            f"{observer} is for activations; a parameter's range is that of its values now (default), or the share of it that "
+            "rounds best (mse)."
+        )
+    if not activation and observer == "mse" and scheme != "symmetric":
+        return f"mse needs a symmetric grid for a parameter, and this one is {scheme}; write quant_scheme: symmetric, or default."
+    if activation and observer not in ("default", "moving_average", "minmax") and granularity != "per_tensor":
+        return (
+            f"{observer} keeps one histogram a tensor, and granularity {granularity} asks for several scales; write granularity: "
+            "per_tensor, or take moving_average or minmax."
+        )
+    return None
 
 
 def _method_problem(spec: TensorSpec, activation: bool) -> str | None:
@@ -381,12 +401,11 @@ def _method_problem(spec: TensorSpec, activation: bool) -> str | None:
         return "int1 has one bit, which only method 'bnn' trains."
     if spec.method == "qat" or (spec.method == "pact" and not activation):
         return None
+    if spec.observer != "default":
+        return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."
     if activation:
-        if spec.granularity != "per_tensor":
-            return f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
-        if spec.observer != "default":
-            return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."
-        return None
+        one = spec.granularity == "per_tensor"
+        return None if one else f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
     if spec.scheme != "symmetric" or spec.qmin == 0:
         return f"a parameter has a grid without a zero point, quant_scheme 'symmetric' and an int quant_dtype, not {spec}."
     if spec.method in ("dorefa", "bnn") and spec.granularity != "per_tensor":
@@ -446,7 +465,10 @@ def idle_keys(rules: Iterable[Rule], drafts: Iterable[Draft]) -> Problems:
             why = mine[0].fell.removeprefix("one scale: ")
             problems.append(f"{rule.where}['granularity']: {rule.settings['granularity']} fits no target of this entry: {why}.")
         if mine and rule.settings.get("observer", "default") != "default" and not any(is_activation(p.target) for p in mine):
-            problems.append(f"{rule.where}['observer']: observers are for activations, and this entry quantizes parameters only.")
+            problems.append(
+                f"{rule.where}['observer']: observers are for activations, and this entry quantizes parameters only; what they "
+                f"can have ({', '.join(WEIGHT_OBSERVERS)}) stands in target_settings."
+            )
         heads = [d for d in drafts if is_head(d.module) and any(p.decided_by == rule.where for p in d.targets.values())]
         if mine and rule.float_output is True and not heads:
             problems.append(

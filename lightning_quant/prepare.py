@@ -26,9 +26,10 @@ from lightning_quant.intercept import (
     own,
     prepared_elsewhere,
 )
-from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
+from lightning_quant.keys import INPUT, OUTPUT, WEIGHT, kind_of_observer
 from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.learned import ACTIVATION_METHODS
+from lightning_quant.observers import OBSERVERS, HistogramQuantizer
 from lightning_quant.patterns import clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
 from lightning_quant.record import moved
@@ -36,7 +37,7 @@ from lightning_quant.schedule import Phase
 from lightning_quant.settings import kept_bases
 from lightning_quant.sites import SHARED, Operator
 from lightning_quant.targets import Arguments, is_activation, is_input, owner_of
-from lightning_quant.weights import WEIGHT_METHODS, WeightQuantizer
+from lightning_quant.weights import WeightQuantizer, weight_quantizer_kind
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
 
@@ -163,7 +164,9 @@ def _make_quantizers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, 
 def _quantizer_kind(spec: TensorSpec) -> type[ActivationQuantizer]:
     if spec.method in ACTIVATION_METHODS:
         return ACTIVATION_METHODS[spec.method]
-    return ActivationQuantizer if spec.granularity == "per_tensor" else BlockQuantizer
+    if spec.granularity != "per_tensor":
+        return BlockQuantizer
+    return HistogramQuantizer if kind_of_observer(spec.observer) in OBSERVERS else ActivationQuantizer
 
 
 def _make_group(
@@ -226,7 +229,7 @@ def _weight_quantizer(layer: str, module: nn.Module, name: str, spec: TensorSpec
     owner, own_name = owner_of(module, name)
     parameter = owner._parameters[own_name]
     assert parameter is not None
-    return WEIGHT_METHODS[spec.method](spec, f"{layer}.{name}", parameter)
+    return weight_quantizer_kind(spec)(spec, f"{layer}.{name}", parameter)
 
 
 def _shares(group: Group, layer: LayerPlan) -> dict[Any, Share]:
@@ -305,9 +308,10 @@ def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 def _stateful(model: nn.Module) -> dict[str, ActivationQuantizer | WeightQuantizer]:
-    """`quantizers_of`, and those of parameters that have more than the parameter itself shows."""
-    weights = [quantizer for _, group in prepared_groups(model).values() for quantizer in group.weights]
-    return {**quantizers_of(model), **{quantizer.name: quantizer for quantizer in weights if quantizer.state_dict()}}
+    """Whatever has a state of its own, by target name: activations, and parameters whose grid is more than their values."""
+    groups = [group for _, group in prepared_groups(model).values()]
+    weights = {quantizer.name: quantizer for group in groups for quantizer in group.parameter_quantizers}
+    return {**quantizers_of(model), **{name: quantizer for name, quantizer in weights.items() if quantizer.state_dict()}}
 
 
 def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -366,11 +370,16 @@ def quantizer_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: quantizer.state_dict() for name, quantizer in _stateful(model).items()}
 
 
+def is_complete(state: Mapping[str, Any]) -> bool:
+    """Whether a state saved by `quantizer_state` has a range for everything, so that the model can be converted."""
+    return all(value is not None for one in state.values() for value in one.values())
+
+
 def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Take over ranges saved by `quantizer_state`.
 
     Raises:
-        ConfigError: if names or granularities differ from the model's; nothing is loaded then.
+        ConfigError: if names, granularities or observers differ from the model's; nothing is loaded then.
     """
     own = _stateful(model)
     if set(own) != set(state):
@@ -382,8 +391,8 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     differ = [name for name, quantizer in own.items() if not quantizer.accepts(state[name])]
     if differ:
         raise ConfigError(
-            f"the saved ranges of {', '.join(differ)} have another granularity or method. Use the config_list of that run, "
-            "or load only its weights and start a new fit."
+            f"the saved ranges of {', '.join(differ)} have another granularity, observer or method. Use the config_list of that "
+            "run, or load only its weights and start a new fit."
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     drop_deployed_layers(model)
@@ -393,5 +402,5 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether ranges saved by `quantizer_state` belong to this prepared model's quantizers."""
-    quantizers = _stateful(model)
-    return set(quantizers) == set(state) and all(quantizer.accepts(state[name]) for name, quantizer in quantizers.items())
+    own = _stateful(model)
+    return set(own) == set(state) and all(quantizer.accepts(state[name]) for name, quantizer in own.items())

@@ -176,6 +176,7 @@ class ActivationQuantizer:
         self.high: float | Tensor | None = None
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
         self.passes = 0  # how often the layer that moves its range ran
+        self.settled = False  # whether this pass leaves the range alone; what lags behind the batches (observers.py) can tell
         # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
         self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
@@ -304,7 +305,7 @@ class ActivationQuantizer:
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved range is one number a side, as this quantizer's."""
-        return not any(isinstance(side, Tensor) and side.dim() for side in state.values())
+        return set(state) == {"low", "high"} and not any(isinstance(side, Tensor) and side.dim() for side in state.values())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a range saved by `state_dict`."""
@@ -347,7 +348,8 @@ class BlockQuantizer(ActivationQuantizer):
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved range has a value for each block."""
-        return all(side is None or (isinstance(side, Tensor) and side.dim() > 0) for side in state.values())
+        sides = [side is None or (isinstance(side, Tensor) and side.dim() > 0) for side in state.values()]
+        return set(state) == {"low", "high"} and all(sides)
 
     def _misfit(self, x: Tensor, why: str) -> ConfigError:
         return ConfigError(

@@ -8,6 +8,7 @@ norms multiply the weight by when they are folded into it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ class _RoundWeight(torch.autograd.Function):
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
-    """With a zero point: its own rounding can push an end of the range half a step over the grid, so a mask is kept."""
+    """With a zero point, whose rounding can push an end of the range half a step over the grid, or clipped: a mask is kept."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, passes: bool) -> Tensor:
@@ -110,7 +111,11 @@ def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec
 
 
 def fake_quantize_weight(
-    weight: Tensor, spec: TensorSpec, fold: Tensor | None = None, channel: tuple[int, ...] | None = None
+    weight: Tensor,
+    spec: TensorSpec,
+    fold: Tensor | None = None,
+    channel: tuple[int, ...] | None = None,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """A weight rounded to its grid, with gradient; same shape and dtype.
 
@@ -121,18 +126,21 @@ def fake_quantize_weight(
             broadcast against it, (C, 1, ...) for a norm behind the layer. Then the *folded* weight `weight * fold` is what lies
             on the grid, and `fq(weight * fold) / fold` is returned: the general weight-side path, see fusion.py.
         channel: the block that makes one output channel, as in `block_range`; None for an index of dimension 0.
+        ratio: None, or what `narrowed` takes: values beyond the narrower grid are clipped and get no gradient.
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
-        return fake_quantize_weight(weight.float(), spec, fold, channel).to(weight.dtype)
+        return fake_quantize_weight(weight.float(), spec, fold, channel, ratio).to(weight.dtype)
     with torch.no_grad():
         data = weight.detach()
         grid = weight_grid(data if fold is None else data * fold, spec)
+        grid = grid if ratio is None else narrowed(grid, ratio, data.shape)
         step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
-    if grid.zero_point is None:
+    if grid.zero_point is None and ratio is None:
         y: Tensor = _RoundWeight.apply(weight, step)
     else:
+        zero = step.new_zeros(()) if grid.zero_point is None else grid.zero_point
         passes = spec.apply_method == "clamp_round"
-        y = _FakeQuantizeWeight.apply(weight, step, grid.zero_point, spec.qmin, spec.qmax, passes)
+        y = _FakeQuantizeWeight.apply(weight, step, zero, spec.qmin, spec.qmax, passes)
     return y
 
 
@@ -154,6 +162,7 @@ class WeightQuantizer:
     def __init__(self, spec: TensorSpec, name: str, weight: Tensor) -> None:  # noqa: ARG002  (others begin from the weight)
         self.spec, self.name = spec, name
         self.changes = 0  # counts what moved the grid but the weight itself
+        self.training = False  # whether this pass is one of training
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
@@ -191,6 +200,80 @@ class WeightQuantizer:
         with torch.no_grad():
             for name, parameter in self.learned.items():
                 parameter.copy_(state[name])
+
+
+_RATIOS = [0.3 + 0.02 * i for i in range(35, -1, -1)]  # 1 first: it wins against its equals
+
+
+def narrowed(grid: WeightGrid, ratio: Tensor, shape: Sequence[int]) -> WeightGrid:
+    """`grid` with its scales multiplied by `ratio`, one value a block of a weight of `shape`, as `block_range` has them."""
+    factor = spread(ratio.to(grid.scale), shape).reshape(grid.scale.shape)
+    return WeightGrid((grid.scale * factor).clamp_(min=torch.finfo(grid.scale.dtype).tiny), grid.zero_point)
+
+
+def best_ratio(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """For each block of a weight's grid, which share of its absolute maximum rounds it with the least squared error.
+
+    `weight`: float32 or float64, any shape; `spec`: symmetric. 36 shares from 0.3 to 1 are tried. Result: of the weight's dtype
+    and device, one value a block, as `block_range` has them. A block of zeros has 1.
+    """
+    grid, kernel = weight_grid(weight, spec), spec.kernel(weight.dim())
+    zero: Tensor | float = 0.0 if grid.zero_point is None else grid.zero_point
+    best = torch.ones_like(block_mean(weight, kernel))
+    least = torch.full_like(best, math.inf)
+    for share in _RATIOS:
+        ratio = torch.full_like(best, share)
+        narrow = narrowed(grid, ratio, weight.shape)
+        rounded = quantize_weight(weight, narrow, spec).sub_(zero).mul_(narrow.scale)
+        error = block_mean(rounded.sub_(weight).square_(), kernel)
+        better = error < least
+        best, least = torch.where(better, ratio, best), torch.where(better, error, least)
+    return best
+
+
+class MseWeight(WeightQuantizer):
+    """`observer: mse`: scales are a share of the weight's absolute maximum now, one fixed share a block (see `best_ratio`).
+
+    The share is looked for when the weight is first rounded in training, on what lies on the grid (folded, where a norm's
+    factor does not commute), and stays. So a grid still scales with its weight, fq(k w) = k fq(w), and norms fold as ever.
+    """
+
+    def __init__(self, spec: TensorSpec, name: str, weight: Tensor) -> None:
+        super().__init__(spec, name, weight)
+        self.blocks = tuple(1 if k == -1 else n // k for k, n in zip(spec.kernel(weight.dim()), weight.shape, strict=True))
+        self.ratio: Tensor | None = None
+
+    def _ratio(self, weight: Tensor) -> Tensor:
+        return best_ratio(weight, self.spec) if self.ratio is None else self.ratio
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """The narrowed grid; before training a share that is not kept, so that an evaluation settles nothing."""
+        return narrowed(weight_grid(weight, self.spec), self._ratio(weight), weight.shape)
+
+    def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
+        """The weight on the narrowed grid."""
+        with torch.no_grad():
+            data = weight.detach()
+            data = data if data.dtype == torch.float64 else data.float()
+            ratio = self._ratio(data if fold is None else data * fold)
+        if self.ratio is None and self.training:
+            self.ratio = ratio
+            self.changes += 1
+        return fake_quantize_weight(weight, self.spec, fold, channel, ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shares; none before training, which lacks nothing: a weight can be converted without."""
+        return {"ratio": () if self.ratio is None else self.ratio.cpu().clone()}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether a saved state has a share for each block."""
+        shape = [tuple(ratio.shape) if isinstance(ratio, Tensor) else ratio for ratio in state.values()]
+        return set(state) == {"ratio"} and shape[0] in (self.blocks, ())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` saved."""
+        self.ratio = state["ratio"].clone() if isinstance(state["ratio"], Tensor) else None
+        self.changes += 1
 
 
 class _LearnedRound(torch.autograd.Function):
@@ -337,3 +420,9 @@ WEIGHT_METHODS: dict[str, type[WeightQuantizer]] = {
     "dorefa": DorefaWeight,
     "bnn": BinaryWeight,
 }
+OBSERVED: dict[str, type[WeightQuantizer]] = {"mse": MseWeight}
+
+
+def weight_quantizer_kind(spec: TensorSpec) -> type[WeightQuantizer]:
+    """Which quantizer a parameter of this grid has: by its observer where that says something, else by its method."""
+    return OBSERVED.get(spec.observer) or WEIGHT_METHODS[spec.method]

@@ -77,7 +77,7 @@ class ModuleGroup(Group):
         return [quantizer for _, quantizer, _, _ in self.inputs] + [quantizer for quantizer, _, _ in self.outputs.values()]
 
     @property
-    def weights(self) -> list[WeightQuantizer]:
+    def parameter_quantizers(self) -> list[WeightQuantizer]:
         """Of the parameters."""
         return list(self.parameters.values())
 

@@ -255,9 +255,9 @@ WORDS: dict[str, Row] = {
         f"{FIRST}['quant_dtype']: 'uint1' has one bit without a sign; one bit is int1, the values -1 and 1, of method 'bnn'.",
     ),
     "bnn of 8 bits": row(
-        names("fc1", method="bnn", quant_dtype="int8", target_names=["weight"]),
-        f"{FIRST}: method 'bnn' of 'weight' of Linear: its values are -1 and 1, quant_dtype 'int1', not 'int8'; leave quant_dtype "
-        "out.",
+        linear(method="bnn", quant_dtype="int8", target_names=["weight"]),
+        f"{FIRST}: method 'bnn' of 'weight' of Linear: its values are -1 and 1, quant_dtype 'int1', not 'int8'; leave "
+        "quant_dtype out.",
     ),
     "int17": row(linear(quant_dtype="int17"), f"{FIRST}['quant_dtype']: 'int17' has more than 16 bits; {TYPES}"),
     "uint99": row(weight(quant_dtype="uint99"), f"{WEIGHT}['quant_dtype']: 'uint99' has more than 16 bits; {TYPES}"),
@@ -290,7 +290,7 @@ WORDS: dict[str, Row] = {
     ),
     "observer": row(
         linear(observer="histogram"),
-        f"{FIRST}['observer']: 'histogram' is not one of default, moving_average, minmax.",
+        f"{FIRST}['observer']: 'histogram' is not one of default, moving_average, minmax, percentile, entropy, mse.",
     ),
     "method": row(linear(method="lsq"), f"{FIRST}['method']: 'lsq' is not one of qat."),
     "target_settings as a list": row(
@@ -567,8 +567,8 @@ MODULES: dict[str, Row] = {
     ),
     "an observer of a weight": row(
         names("fc1", target_settings={"weight": {"observer": "minmax"}}),
-        "config_list[0]['target_settings']['weight']['observer']: observers are for activations; a parameter's range is that of "
-        "its values now.",
+        "config_list[0]['target_settings']['weight']['observer']: minmax is for activations; a parameter's range is that of its "
+        "values now (default), or the share of it that rounds best (mse).",
     ),
     "a granularity that fits no target": row(
         names("fc1", target_names=["weight"], granularity="per_channel"),
@@ -580,7 +580,8 @@ MODULES: dict[str, Row] = {
     ),
     "an observer for parameters alone": row(
         names("fc1", target_names=["weight", "bias"], observer="minmax"),
-        f"{FIRST}['observer']: observers are for activations, and this entry quantizes parameters only.",
+        f"{FIRST}['observer']: observers are for activations, and this entry quantizes parameters only; what they can have "
+        "(default, mse) stands in target_settings.",
     ),
     "high-precision output of no layer": row(
         [{"op_types": ["ReLU"], "high_precision_output": True}],

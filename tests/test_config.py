@@ -272,8 +272,12 @@ WORDS: list[tuple[str, Any, str]] = [
     ("granularity", "zzz", f"'zzz' is not one of {', '.join(GRANULARITIES)}, {SIZES}"),
     ("apply_method", "clampround", f"'clampround' is not one of {', '.join(APPLY_METHODS)}. Did you mean 'clamp_round'?"),
     ("apply_method", [], f"[] is not one of {', '.join(APPLY_METHODS)}."),
-    ("observer", "min_max", "'min_max' is not one of default, moving_average, minmax. Did you mean 'minmax'?"),
-    ("observer", 0.01, "0.01 is not one of default, moving_average, minmax."),
+    (
+        "observer",
+        "min_max",
+        "'min_max' is not one of default, moving_average, minmax, percentile, entropy, mse. Did you mean 'minmax'?",
+    ),
+    ("observer", 0.01, "0.01 is not one of default, moving_average, minmax, percentile, entropy, mse."),
     ("method", "lsq", "'lsq' is not one of qat."),
     ("method", "quat", "'quat' is not one of qat. Did you mean 'qat'?"),
 ]

@@ -226,7 +226,11 @@ WRONG: list[tuple[Registry, Any, str]] = [
         {"p": {"sparse_ratio": 0.5}},
         "'sparse_ratio' is a key of pruning, which this release does not have yet",
     ),
-    (QuantizationSetting, {"p": {"observer": "max"}}, r"\['observer'\]: 'max' is not one of default, moving_average, minmax"),
+    (
+        QuantizationSetting,
+        {"p": {"observer": "max"}},
+        r"\['observer'\]: 'max' is not one of default, moving_average, minmax, percentile",
+    ),
     (QuantizationSetting, {}, r"^QuantizationSetting.register\('Own'\): the setting has no target"),
     (QuantizationSetting, ["p"], r"expected a dict from target to settings, got \['p'\]"),
     (QuantizationSetting, None, "expected a dict from target to settings, got None"),

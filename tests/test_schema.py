@@ -53,6 +53,10 @@ ENTRIES: list[dict[str, Any]] = [
     {"op_names": ["a"], "quant_dtype": None},
     {"op_names_re": ["a.*"], "exclude_op_names": ["ab"], "granularity": [1, -1], "fuse_names": [["a", "b"]]},
     {"op_types": ["Linear"], "granularity": [[1], "back", -1], "apply_method": "clamp_round", "observer": "minmax"},
+    *(
+        {"op_types": ["Linear"], "observer": f"percentile{percent}"}
+        for percent in ("", ":50", ":99.9", ":99.999", ":100", ":100.0")
+    ),
     {"op_types": ["Linear"], "target_settings": {"weight": {"quant_dtype": "uint16", "method": "qat"}}, "fuse_names": "auto"},
     {"op_types": ["add"], "op_names": ["layer1.0.add"], "fuse_names": [["a", "b", "c", "d", "e"]], "high_precision_output": True},
     *({"op_types": ["Linear"], "fuse_names": [], "high_precision_output": value} for value in (False, None)),
@@ -78,6 +82,10 @@ def test_what_the_parser_takes_the_schema_takes(config_list: Any) -> None:
         {"op_types": []},
         {"op_types": ["Linear"], "quant_dtyp": "int8"},
         *({"op_types": ["Linear"], "quant_dtype": dtype} for dtype in ("uint1", "int17", "float8", "int08", 8)),
+        *(
+            {"op_types": ["Linear"], "observer": f"percentile{value}"}
+            for value in (":", ":49.9", ":100.1", ":101", ":1e2", ":99.", ": 99", ":-99", ":099", "99")
+        ),
         *({"op_types": ["Linear"], "granularity": value} for value in ("channel", [0], [[1], "left", -1], [[1]], [1.5], [True])),
         *(
             {"op_types": ["Linear"], "target_settings": value}
