@@ -300,9 +300,10 @@ def _layers(
     for name, reason in adrift(drafts, graph).items():
         left.update(dict.fromkeys((name, *drafts.pop(name).behind), reason))
     layers = [_layer(drafts[name], modules) for name in names if name in drafts]
+    calls = [graph.boundaries[layer.start] for layer in layers]
     layers = [
-        replace(layer, calls=len(graph.boundaries[layer.start]), loose=any(between(drafts[layer.name].group, graph)))
-        for layer in layers
+        replace(layer, calls=len(all_of), order=all_of[0].order, loose=any(between(drafts[layer.name].group, graph)))
+        for layer, all_of in zip(layers, calls, strict=True)
     ]
     if not layers:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
