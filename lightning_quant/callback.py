@@ -73,7 +73,7 @@ class QuantFusionCallback(Callback):
             hands it on: to the LightningModule's own forward, or else to the first module that it calls (the step is aborted
             there; no optimizer, random state or loader position moves).
         source: "best" converts the best checkpoint of the first monitored ModelCheckpoint among those saved while
-            quantization was active, "last" the weights at the end of fit. Without such a checkpoint "best" is "last".
+            everything was quantized, "last" the weights at the end of fit. Without such a checkpoint "best" is "last".
         export: None, a suffix (".onnx", ".pt2"), a list of suffixes or {suffix: options of `export_model`}: files
             `model<suffix>` written in `on_fit_end` by the first process, not in a `fast_dev_run`. They hold the module that was
             recorded: the LightningModule, or `root`, or the first module that `training_step` calls.
@@ -88,7 +88,7 @@ class QuantFusionCallback(Callback):
 
     Attributes:
         plan: the `Plan`, from `on_fit_start` on.
-        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if nothing was calibrated.
+        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then.
 
     Raises:
         ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `on_fit_start` for the
@@ -136,7 +136,7 @@ class QuantFusionCallback(Callback):
         self.log_every_n_steps = log_every_n_steps or 0
         self._phase, self._layers = _FLOAT, 0  # how many layers are in this phase, the first ones in the order of the data
         self._logged: Ranges = {}  # the ranges when metrics were last logged
-        self._begun = 0  # the optimizer step in which values are counted
+        self._begun: int | None = None  # the optimizer step whose values are being counted
         self._total_steps = math.inf
         self._told = False
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
@@ -238,22 +238,21 @@ class QuantFusionCallback(Callback):
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        quantizers = quantizers_of(pl_module).values()
-        if (_step_to_log(trainer) + 1) % self.log_every_n_steps:
-            end_count(quantizers)  # of a step that was broken off
-            return
-        self._begun = trainer.global_step
-        begin_count(quantizers)
+        if (_step_to_log(trainer) + 1) % self.log_every_n_steps == 0:
+            self._begun = trainer.global_step
+            begin_count(quantizers_of(pl_module).values())
+        elif self._begun is not None:  # that step was broken off
+            self._begun = None
+            end_count(quantizers_of(pl_module).values())
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was measured in this step, once its last batch is through."""
-        if not self.log_every_n_steps or (_step_to_log(trainer) + 1) % self.log_every_n_steps:
-            return
-        if pl_module.automatic_optimization and trainer.global_step == self._begun:
-            return  # gradients are accumulated: the step goes on
+        if self._begun is None or (pl_module.automatic_optimization and trainer.global_step == self._begun):
+            return  # where gradients are accumulated the step goes on
+        self._begun = None
         quantizers, phase = quantizers_of(pl_module), self._phase
         begun = phase.quantize and self._layers > 0
         metrics: dict[str, float] = {

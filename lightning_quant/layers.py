@@ -17,7 +17,7 @@ class LayerPlan:
     `folds`: a weighted layer or batch norm, which becomes one folded layer with what is fused with it; any other module keeps
     its own forward and is quantized around it, and an operator (`operator`) where it is called. `inner`: what is decided for the
     tensor that an activation reads which no grid can do (a curve); None for ReLU and its like. `calls`: in the recorded forward;
-    `order`: its place there; `loose`: dropout or identity stands between members.
+    `order`: its place there among the layers; `loose`: dropout or identity stands between members.
     """
 
     name: str

@@ -63,9 +63,9 @@ class Schedule:
             None: all layers at once.
         freeze_batch_norm: from here on the batch norms of fused groups normalise with their running statistics and do
             not move them; their weights and biases go on training (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.4).
-            Never by default: it steadies a fine-tuning whose rate has decayed, and ruins a run whose rate has not (10 to 40
-            points in runs from scratch at a constant rate). The published moments (200 000 steps, epoch 3 of 90, epoch 1) have
-            no share of the run in common that could stand here.
+            Never by default: it steadies a fine-tuning whose rate has decayed, and ruins a run whose rate has not (by 10 to 40
+            points when it was the default). The moments in use elsewhere (200 000 steps, epoch 3 of 90, epoch 1) have no share of
+            a run in common that could stand here.
 
     Until everything is rounded, eval mode computes what training computes, on the running statistics of batch norm; from then on
     it runs the integer layers. Steps are Lightning's `global_step`: with several optimizers in manual optimization each of them
