@@ -33,7 +33,7 @@ def end_count(quantizers: Iterable[ActivationQuantizer]) -> dict[str, float]:
         if quantizer.clipped is not None and quantizer.clipped.update_count:
             share = quantizer.clipped.compute()
             for metric in shares:
-                metric.update(share.cpu())
+                metric.update(share)
         quantizer.clipped = None
     if not shares[0].update_count:
         return {}

@@ -239,17 +239,17 @@ class ActivationQuantizer:
                 high = min(high, zero + round(self.cap / scale))
         return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
 
-    def clipped_share(self, x: Tensor) -> Tensor:
-        """The share of x's values, in [0, 1], whose integer lies outside [qmin, qmax] before the clamp: 0-dim float32.
+    def clipped_share(self, x: Tensor) -> float:
+        """The share of x's values, in [0, 1], whose integer lies outside [qmin, qmax] before the clamp.
 
         `x` as for a call, not empty; `ready` must hold. What the activation before it cuts off is not clipped: behind a ReLU only
-        values above the upper end count.
+        values above the upper end count. Waits for an accelerator.
         """
         x, grid = x.detach(), self.grid()
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         x = x.clamp(self.floor, self.cap) if self.rectified else x
         q = torch.div(x, grid.scale).round_().add_(grid.zero_point)
-        return (q < self.spec.qmin).logical_or_(q > self.spec.qmax).count_nonzero() / x.numel()
+        return float((q < self.spec.qmin).logical_or_(q > self.spec.qmax).count_nonzero()) / x.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""

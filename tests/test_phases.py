@@ -327,11 +327,15 @@ def test_a_resume_in_mid_epoch_is_bitwise(schedule: dict[str, Any], quiet_traine
     batch = next(iter(loader()))  # Lightning begins an epoch's data anew: all its batches are alike here
     data = DataLoader(TensorDataset(*(torch.cat([side] * 4) for side in batch)), batch_size=16)
 
+    rows: list[Rows] = []
+
     def run(stop: int, ckpt_path: Path | None = None) -> tuple[Lit, QuantFusionCallback, Begun]:
         torch.manual_seed(0)
+        rows.append(Rows())
         begun, saver = Begun(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
         model, callback = Lit(), QuantFusionCallback(FUSED, schedule=schedule, log_every_n_steps=4, source="last", verbose=0)
-        trainer = quiet_trainer(max_epochs=3, callbacks=[callback, begun, saver, Stop(stop)], enable_checkpointing=True)
+        callbacks = [callback, begun, saver, Stop(stop)]
+        trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=True, logger=rows[-1])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(nothing was converted|exists and is not empty|mid-epoch|epoch end).*")
             trainer.fit(model, data, loader(seed=1), ckpt_path=ckpt_path)
@@ -351,8 +355,9 @@ def test_a_resume_in_mid_epoch_is_bitwise(schedule: dict[str, Any], quiet_traine
     assert {key: one[key] for key in ("phase", "layers", "rounds_all")} == {
         key: two[key] for key in ("phase", "layers", "rounds_all")
     }
-    assert same(one["logged"], two["logged"])
-    assert len(one["logged"]) == 3
+    assert [list(run.rows) for run in rows] == [[3, 7, 11], [3], [7, 11]]
+    assert {**rows[1].rows, **rows[2].rows} == rows[0].rows, "drift is since what the first half has logged"
+    assert all("quant/range_drift" in row for row in rows[2].rows.values())
     assert reference.deployed_model is not None
     assert callback.deployed_model is not None
     assert torch.equal(reference.deployed_model(X), callback.deployed_model(X))
@@ -439,6 +444,17 @@ def test_states_from_before_there_were_such_phases_load(quantize: bool, quiet_tr
         callback.load_state_dict({**state, "version": 2})
 
 
+def test_the_state_knows_which_layers_had_begun(quiet_trainer: TrainerMaker) -> None:
+    model, callback = Lit(), QuantFusionCallback(FUSED, schedule={"progressive": 6}, verbose=0)
+    with pytest.warns(UserWarning, match="only 2 of 3 layers"):
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    state = copy.deepcopy(callback.state_dict())
+    apply_phase(model, Phase())
+    callback.load_state_dict(state)
+    assert [group.phase.quantize for _, group in prepared_groups(model).values()] == [True, True, False]
+    assert not rounds_all(model)
+
+
 # -- what is measured ---------------------------------------------------------------------------------------------------------
 
 
@@ -504,7 +520,7 @@ def test_clipped_share_by_hand(granularity: str, activation: type[nn.Module] | N
         step = np.float32((high - low) / 255)
         q = np.rint(inside / step) + np.clip(np.rint(-low / step.astype(np.float64)), 0, 255)
         share = ((q < 0) | (q > 255)).mean()
-    assert float(quantizer.clipped_share(x)) == pytest.approx(share, abs=1e-6)
+    assert quantizer.clipped_share(x) == pytest.approx(share, abs=1e-6)
     assert 0 < share < 1 or activation in (nn.ReLU6, nn.Hardtanh)
 
 
@@ -606,10 +622,9 @@ def test_accumulated_batches_are_one_step(quiet_trainer: TrainerMaker, monkeypat
     shares: list[float] = []
     own = ActivationQuantizer.clipped_share
 
-    def share(self: ActivationQuantizer, x: Tensor) -> Tensor:
-        found = own(self, x)
-        shares.append(float(found))
-        return found
+    def share(self: ActivationQuantizer, x: Tensor) -> float:
+        shares.append(own(self, x))
+        return shares[-1]
 
     monkeypatch.setattr(ActivationQuantizer, "clipped_share", share)
     rows, *_ = logged(quiet_trainer, {}, every=3, accumulate_grad_batches=2, num_sanity_val_steps=0)
@@ -623,7 +638,7 @@ def test_accumulated_batches_are_one_step(quiet_trainer: TrainerMaker, monkeypat
 
 @pytest.fixture
 def no_counting(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: ActivationQuantizer, x: Tensor) -> Tensor:
+    def refuse(self: ActivationQuantizer, x: Tensor) -> float:
         raise AssertionError("counted")
 
     monkeypatch.setattr(ActivationQuantizer, "clipped_share", refuse)
