@@ -23,9 +23,10 @@ from typing_extensions import override
 from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
-from lightning_quant.export import OPTIONS, ParityError, check_format, export_model
+from lightning_quant.export import ParityError, export_model, export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
+from lightning_quant.monitor import Ranges, begin_count, drift, end_count, ranges_of
 from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
@@ -37,7 +38,9 @@ from lightning_quant.prepare import (
     prepare_model,
     prepared_groups,
     quantizer_state,
+    quantizers_of,
     restore_model,
+    rounds_all,
     take_from_optimizers,
 )
 from lightning_quant.record import copied, moved, split_example, undisturbed
@@ -73,16 +76,22 @@ class QuantFusionCallback(Callback):
             hands it on: to the LightningModule's own forward, or else to the first module that it calls (the step is aborted
             there; no optimizer, random state or loader position moves).
         source: "best" converts the best checkpoint of the first monitored ModelCheckpoint among those saved while
-            quantization was active, "last" the weights at the end of fit. Without such a checkpoint "best" is "last".
+            everything was quantized, "last" the weights at the end of fit. Without such a checkpoint "best" is "last".
         export: None, a suffix (".onnx", ".pt2"), a list of suffixes or {suffix: options of `export_model`}: files
             `model<suffix>` written in `on_fit_end` by the first process, not in a `fast_dev_run`. They hold the module that was
             recorded: the LightningModule, or `root`, or the first module that `training_step` calls.
         dirpath: folder of those files; None for the trainer's log folder.
+        log_every_n_steps: every so many training steps (counted as Lightning does for its own loggers) these go to the Trainer's
+            loggers and `callback_metrics`: `quant/phase` (0: nothing is rounded, 1: weights or some layers, 2: everything),
+            `quant/observe` and `quant/freeze_batch_norm` (0 or 1), `quant/clipped_mean` and `quant/clipped_max` (share of an
+            activation's values that its grid cut off in that step, mean and greatest over the activations that were rounded),
+            `quant/range_drift` (change of the ranges since the last time, relative to their width). None or 0: nothing is
+            measured. On an accelerator such a step waits for the device.
         verbose: 0 says nothing, 1 prints the plan and what was converted.
 
     Attributes:
         plan: the `Plan`, from `on_fit_start` on.
-        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if nothing was calibrated.
+        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then.
 
     Raises:
         ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `on_fit_start` for the
@@ -107,6 +116,7 @@ class QuantFusionCallback(Callback):
         source: Literal["best", "last"] = "best",
         export: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        log_every_n_steps: int | None = None,
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -116,13 +126,20 @@ class QuantFusionCallback(Callback):
         parse_settings(self.settings)
         if source not in ("best", "last"):
             raise ConfigError(f"source: {source!r} is not one of best, last.")
+        if not isinstance(log_every_n_steps, int | None) or isinstance(log_every_n_steps, bool) or (log_every_n_steps or 0) < 0:
+            raise ConfigError(
+                f"log_every_n_steps: expected a number of steps, or None or 0 for never, got {log_every_n_steps!r}."
+            )
         self.schedule = Schedule.make(schedule)
         self.root, self.example_input, self.source = root, example_input, source
-        self.export, self.dirpath, self.verbose = _export_options(export), dirpath, verbose
+        self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
         self.plan: Plan | None = None
         self.deployed_model: nn.Module | None = None
         self._module: pl.LightningModule | None = None
-        self._phase = _FLOAT
+        self.log_every_n_steps = log_every_n_steps or 0
+        self._phase, self._layers = _FLOAT, 0  # how many layers are in this phase, the first ones in the order of the data
+        self._logged: Ranges = {}  # the ranges when metrics were last logged
+        self._begun: int | None = None  # the optimizer step whose values are being counted
         self._total_steps = math.inf
         self._told = False
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
@@ -170,7 +187,7 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state = None
         if state is None:
-            self._run = uuid.uuid4().hex
+            self._run, self._logged = uuid.uuid4().hex, {}
             self._set_phase(pl_module, _FLOAT)
         else:
             self._load(pl_module, state)
@@ -219,9 +236,45 @@ class QuantFusionCallback(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The phase is a function of the clock alone, so a resumed run is where it was."""
         clock = Clock(step=trainer.global_step, epoch=trainer.current_epoch, total_steps=self._total_steps)
-        phase = self.schedule.phase_at(clock)
-        if phase != self._phase:
-            self._set_phase(pl_module, phase)
+        assert self.plan is not None
+        phase, layers = self.schedule.phase_at(clock), self.schedule.layers_at(clock, len(self.plan.layers))
+        if (phase, layers) != (self._phase, self._layers):
+            self._set_phase(pl_module, phase, layers)
+        if self.log_every_n_steps:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (_step_to_log(trainer) + 1) % self.log_every_n_steps == 0:
+            self._begun = trainer.global_step
+            begin_count(quantizers_of(pl_module).values())
+        elif self._begun is not None:  # that step was broken off
+            self._begun = None
+            end_count(quantizers_of(pl_module).values())
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was measured in this step, once its last batch is through."""
+        if self._begun is None or (pl_module.automatic_optimization and trainer.global_step == self._begun):
+            return  # where gradients are accumulated the step goes on
+        self._begun = None
+        quantizers, phase = quantizers_of(pl_module), self._phase
+        begun = phase.quantize and self._layers > 0
+        metrics: dict[str, float] = {
+            "phase": 2 if rounds_all(pl_module) else int(begun),
+            "observe": int(phase.observe),
+            "freeze_batch_norm": int(phase.freeze_batch_norm),
+            **end_count(quantizers.values()),
+        }
+        ranges = ranges_of(quantizers)
+        if (moved := drift(self._logged, ranges)) is not None:
+            metrics["range_drift"] = moved
+        self._logged = ranges
+        named = {f"quant/{name}": float(value) for name, value in metrics.items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        for logger in trainer.loggers:  # not pl_module.log: that reaches them in steps of the Trainer's choice only
+            logger.log_metrics(named, step=_step_to_log(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -238,9 +291,9 @@ class QuantFusionCallback(Callback):
                 "put these layers in train mode or leave them out of config_list."
             )
 
-    def _set_phase(self, pl_module: pl.LightningModule, phase: Phase) -> None:
-        self._phase = phase
-        apply_phase(pl_module, phase)
+    def _set_phase(self, pl_module: pl.LightningModule, phase: Phase, layers: int | None = None) -> None:
+        self._phase, self._layers = phase, len(prepared_groups(pl_module)) if layers is None else layers
+        apply_phase(pl_module, phase, layers)
 
     # Whatever moved the weights since the model was last in eval mode (an averaging callback, a loaded checkpoint), an
     # evaluation begins with fresh integers; they are folded at its first forward, after every callback's start hook.
@@ -272,10 +325,7 @@ class QuantFusionCallback(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
-        blind = unobserved(pl_module)
-        if not self._phase.quantize or blind:
-            why = f"no range was observed for {', '.join(blind)} (in eval mode while training, or never called)"
-            why = why if self._phase.quantize else "no quantized training step was run"
+        if (why := self._unfinished(pl_module)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
             return
         origin = self._best_checkpoint(trainer) if self.source == "best" else None
@@ -292,6 +342,21 @@ class QuantFusionCallback(Callback):
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
             self._export(folder)
+
+    def _unfinished(self, pl_module: pl.LightningModule) -> str | None:
+        """Why there is nothing to convert: eval mode would not show what is shipped."""
+        groups, blind = len(prepared_groups(pl_module)), unobserved(pl_module)
+        if not self._phase.quantize or not self._layers:
+            return "no quantized training step was run"
+        if blind:
+            return f"no range was observed for {', '.join(blind)} (in eval mode while training, or never called)"
+        if rounds_all(pl_module):
+            return None
+        if self._layers < groups:
+            moment = f"progressive={self.schedule.progressive!r}"
+            return f"only {self._layers} of {groups} layers were quantized by the end ({moment}; let it come earlier)"
+        moment = f"activations_start={self.schedule.activations_start!r}"
+        return f"only weights were quantized by the end ({moment}; let activations start earlier)"
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.
@@ -313,7 +378,7 @@ class QuantFusionCallback(Callback):
         for path in filter(os.path.isfile, paths):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # this run wrote it
             state = checkpoint.get("callbacks", {}).get(self.state_key)
-            if not state or state["run"] != self._run or not state["phase"]["quantize"]:
+            if not state or state["run"] != self._run or not state.get("rounds_all", state["phase"]["quantize"]):
                 continue
             if is_complete(state["quantizers"]):
                 return path, checkpoint
@@ -365,6 +430,9 @@ class QuantFusionCallback(Callback):
             "config_list": copy.deepcopy(self.config_list),
             "settings": copy.deepcopy(self.settings),
             "phase": dict(vars(self._phase)),
+            "layers": self._layers,
+            "rounds_all": rounds_all(pl_module),
+            "logged": dict(self._logged),
             "quantizers": quantizer_state(pl_module),
         }
 
@@ -382,8 +450,8 @@ class QuantFusionCallback(Callback):
         if state.get("version") != 1:
             raise ConfigError(f"the checkpoint's state is of version {state.get('version')!r}; this release reads version 1.")
         load_quantizer_state(pl_module, state["quantizers"])
-        self._run = state["run"]
-        self._set_phase(pl_module, Phase(**state["phase"]))
+        self._run, self._logged = state["run"], dict(state.get("logged", {}))
+        self._set_phase(pl_module, Phase(**state["phase"]), state.get("layers"))  # states of old lack both
 
 
 def _check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:
@@ -417,23 +485,6 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-# -- the constructor's arguments ----------------------------------------------------------------------------------------
-
-
-def _export_options(export: Any) -> dict[str, dict[str, Any]]:
-    if export is None:
-        return {}
-    if isinstance(export, str):
-        export = [export]
-    if not isinstance(export, Mapping | Sequence):
-        raise ConfigError(f"export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got {export!r}.")
-    wrong = isinstance(export, Mapping) and any(not isinstance(given, Mapping | None) for given in export.values())
-    if wrong:
-        raise ConfigError(f"export: expected a dict of options for each suffix, got {export!r}.")
-    options = {s: dict(given or {}) for s, given in export.items()} if isinstance(export, Mapping) else {s: {} for s in export}
-    for suffix, given in options.items():
-        check_format(suffix, "export")
-        for key in given:
-            if key not in OPTIONS:
-                raise ConfigError(f"export[{suffix!r}]: unknown option {key!r}; allowed: {', '.join(OPTIONS)}.")
-    return options
+def _step_to_log(trainer: pl.Trainer) -> int:
+    """The number under which Lightning's own loggers file this step, the same in all batches that accumulate for it."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

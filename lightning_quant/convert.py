@@ -28,7 +28,8 @@ def convert_model(model: nn.Module) -> nn.Module:
     where a grid is missing), batch norms and activations of groups are `nn.Identity`, any other quantized module is a
     `QuantizedModule` (integer parameters around its own forward), and everything runs in eval mode on the device the model
     is on. Hooks on members of groups are not copied (a warning names those that see what goes in or comes out). The result equals
-    the prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers.
+    the prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers; what the
+    schedule has not yet quantized is integers here all the same.
 
     Raises:
         ConfigError: if the model is not prepared, a range was never observed, or the data took another way than in the recorded

@@ -52,6 +52,30 @@ def check_format(suffix: Any, place: str) -> None:
 # -- the program --------------------------------------------------------------------------------------------------------
 
 
+def export_options(export: Any) -> dict[str, dict[str, Any]]:
+    """Options of `export_model` by suffix, from what the callback's `export` may be.
+
+    Raises:
+        ConfigError: for anything else, an unknown suffix or an unknown option.
+    """
+    if export is None:
+        return {}
+    if isinstance(export, str):
+        export = [export]
+    if not isinstance(export, Mapping | Sequence):
+        raise ConfigError(f"export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got {export!r}.")
+    wrong = isinstance(export, Mapping) and any(not isinstance(given, Mapping | None) for given in export.values())
+    if wrong:
+        raise ConfigError(f"export: expected a dict of options for each suffix, got {export!r}.")
+    options = {s: dict(given or {}) for s, given in export.items()} if isinstance(export, Mapping) else {s: {} for s in export}
+    for suffix, given in options.items():
+        check_format(suffix, "export")
+        for key in given:
+            if key not in OPTIONS:
+                raise ConfigError(f"export[{suffix!r}]: unknown option {key!r}; allowed: {', '.join(OPTIONS)}.")
+    return options
+
+
 def _two_samples(value: Any, batch: int) -> Any:
     """The first two samples of every tensor with the batch's length, cloned: a slice would drag its whole storage along.
 

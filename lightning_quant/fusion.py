@@ -144,13 +144,6 @@ class Ending(Group):
             self.hand_on(x, to + 1, True)
         return "integer" if passing.integer else "member"
 
-    def rounded(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-        """x on its grid, the range moved first if this pass observes."""
-        quantizer.passes += 1
-        if self.observing:
-            quantizer.observe(x)
-        return quantizer(x) if self.phase.quantize and quantizer.ready else x
-
     def finish(self, member: nn.Module, x: Tensor, own: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
         """The group's result from the tensor that reaches its end, or None if the member's own forward is what counts.
 
@@ -234,10 +227,7 @@ class FusedGroup(Ending):
         if self.input is None:
             return x
         self.read(0)
-        self.input.passes += self.input_owned
-        if self.observing and self.input_owned:
-            self.input.observe(x)
-        return self.input(x) if self.input_applied and self.phase.quantize and self.input.ready else x
+        return self.rounded(self.input, x, owned=self.input_owned, applied=self.input_applied)
 
     def rounded_parameters(self, head: nn.Module) -> dict[str, Tensor]:
         """The head's quantized parameters on their grids, with gradient."""
@@ -277,8 +267,7 @@ class _Head(Member):
             deployed: Tensor = group.deployed_now(self)(input, *rest, **named)
             return group.hand_on(deployed, 0, True)
         x = input if behind else group.round_input(input)
-        quantize = group.phase.quantize and (group.observing or group.ready)
-        with hidden(self, group.rounded_parameters(self) if quantize else {}):
+        with hidden(self, group.rounded_parameters(self) if group.rounds_parameters else {}):
             y: Tensor = super().forward(x, *rest, **named)
         rounded = group.finish(self, y)
         return group.hand_on(y if rounded is None else rounded, 0, False)

@@ -72,6 +72,8 @@ class Group:
     def __init__(self, name: str) -> None:
         self.name = name
         self.phase = Phase()
+        self.place = 0  # among the layers, in the order of the data
+        self.partly = False  # something in the model is not rounded yet: eval mode computes what training computes
         self.simulate = False  # eval mode simulates too, for comparisons
         self.deployed: nn.Module | None = None  # built at the first eval forward, dropped by train() and eval()
         self.deployed_from: list[Any] = []  # what it was built on: parameters, buffers, and ranges, which may be another group's
@@ -123,6 +125,30 @@ class Group:
         """Whether every quantizer of the group has a range."""
         return all(quantizer.ready for quantizer in self.quantizers)
 
+    @property
+    def rounds_all(self) -> bool:
+        """Whether the phase has all of the group rounded that ever is."""
+        return self.phase.quantize and (self.phase.quantize_activations or not self.quantizers)
+
+    @property
+    def rounds_parameters(self) -> bool:
+        """Whether this pass rounds parameters: with activations, not before these have ranges; alone, at once."""
+        return self.phase.quantize and (self.observing or self.ready or not self.phase.quantize_activations)
+
+    def rounded(self, quantizer: ActivationQuantizer, x: Tensor, *, owned: bool = True, applied: bool = True) -> Tensor:
+        """One activation in this pass: its range moves, then it is rounded.
+
+        `owned`: this group moves the range; `applied`: the tensor arrives unrounded.
+        """
+        quantizer.passes += owned
+        if self.observing and owned:
+            quantizer.observe(x)
+        if not (applied and self.phase.quantize_activations and quantizer.ready):
+            return x
+        if quantizer.clipped is not None and self.training and not self.again and x.numel():
+            quantizer.clipped.update(quantizer.clipped_share(x), x.numel())
+        return quantizer(x)
+
     def begin(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         """Decide what this pass is; True if the deployed layer runs."""
         # A forward inside backward is a checkpoint's second one: on the range of the first, which has observed the batch.
@@ -137,6 +163,7 @@ class Group:
         self.integer_pass = (
             not any(module.training for module in (head, *self.ahead, *self.members))
             and self.phase.quantize
+            and not self.partly
             and not self.simulate
             and self.ready
             and not self._wants_gradient(head, inputs)

@@ -73,10 +73,7 @@ class OperatorGroup(Ending):
 
     def _round(self, quantizer: ActivationQuantizer, owned: bool, applied: bool) -> Callable[[Tensor], Tensor]:
         def act(x: Tensor) -> Tensor:
-            quantizer.passes += owned
-            if self.observing and owned:
-                quantizer.observe(x)
-            return quantizer(x) if applied and self.phase.quantize and quantizer.ready else x
+            return self.rounded(quantizer, x, owned=owned, applied=applied)
 
         return act
 

@@ -17,7 +17,7 @@ class LayerPlan:
     `folds`: a weighted layer or batch norm, which becomes one folded layer with what is fused with it; any other module keeps
     its own forward and is quantized around it, and an operator (`operator`) where it is called. `inner`: what is decided for the
     tensor that an activation reads which no grid can do (a curve); None for ReLU and its like. `calls`: in the recorded forward;
-    `loose`: dropout or identity stands between members.
+    `order`: its place there among the layers; `loose`: dropout or identity stands between members.
     """
 
     name: str
@@ -31,6 +31,7 @@ class LayerPlan:
     inner: TargetPlan | None = None
     operator: bool = False
     calls: int = 0
+    order: int = 0
     loose: bool = False
 
     @property

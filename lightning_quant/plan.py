@@ -301,8 +301,15 @@ def _layers(
     for name, reason in adrift(drafts, graph).items():
         left.update(dict.fromkeys((name, *drafts.pop(name).behind), reason))
     layers = [_layer(drafts[name], modules) for name in names if name in drafts]
+    calls = {layer.name: graph.boundaries[layer.start] for layer in layers}
+    order = {name: place for place, name in enumerate(sorted(calls, key=lambda name: calls[name][0].order))}
     layers = [
-        replace(layer, calls=len(graph.boundaries[layer.start]), loose=any(between(drafts[layer.name].group, graph)))
+        replace(
+            layer,
+            calls=len(calls[layer.name]),
+            order=order[layer.name],
+            loose=any(between(drafts[layer.name].group, graph)),
+        )
         for layer in layers
     ]
     if not layers:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
     quantizers = _make_quantizers(plan, modules)
     sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
     groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
+    places = {layer.name: place for place, layer in enumerate(sorted(plan.layers, key=lambda layer: layer.order))}
     for (group, _), layer in zip(groups, plan.layers, strict=True):
-        group.shares = _shares(group, layer)
+        group.shares, group.place = _shares(group, layer), places[layer.name]
         if isinstance(group, Ending):  # a hook may hand on another tensor, too
             group.loose = layer.loose or any(modules[name]._forward_hooks for name in (layer.name, *layer.fused_with)[:-1])
             through = group.activation.site.through if isinstance(group.activation, Operator) else ""
@@ -276,10 +278,23 @@ def prepared_groups(model: nn.Module) -> dict[str, tuple[nn.Module, Group]]:
     return found
 
 
-def apply_phase(model: nn.Module, phase: Phase) -> None:
-    """Set what the quantizers and batch norms of a prepared model do from the next forward on."""
-    for _, group in prepared_groups(model).values():
-        group.phase = phase
+def apply_phase(model: nn.Module, phase: Phase, layers: int | None = None) -> None:
+    """Set what the quantizers and batch norms of a prepared model do from the next forward on.
+
+    `layers`: how many layers, in the order of the data, are quantized where the phase has it; None for all.
+    """
+    groups = [group for _, group in prepared_groups(model).values()]
+    waiting = replace(phase, quantize=False)
+    for group in groups:
+        group.phase = phase if layers is None or group.place < layers else waiting
+    partly = not all(group.rounds_all for group in groups)
+    for group in groups:
+        group.partly = partly
+
+
+def rounds_all(model: nn.Module) -> bool:
+    """Whether the phase of a prepared model has everything rounded that ever is."""
+    return not any(group.partly for _, group in prepared_groups(model).values())
 
 
 def drop_deployed_layers(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lightning_quant.config import ConfigError, TensorSpec
 
@@ -177,6 +178,7 @@ class ActivationQuantizer:
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
         self.passes = 0  # how often the layer that moves its range ran
         self.settled = False  # whether this pass leaves the range alone; what lags behind the batches (observers.py) can tell
+        self.clipped: MeanMetric | None = None  # set for the steps that count what the ends of the grid cut off
         # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
         self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
@@ -247,6 +249,20 @@ class ActivationQuantizer:
             if math.isfinite(self.cap):
                 high = min(high, zero + round(self.cap / scale))
         return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+
+    def clipped_share(self, x: Tensor) -> float:
+        """The share of x's values, in [0, 1], whose integer lies outside [qmin, qmax] before the clamp.
+
+        `x` as for a call, not empty; `ready` must hold. What the activation before it cuts off is not clipped: behind a ReLU only
+        values above the upper end count. Waits for an accelerator.
+        """
+        x, grid = x.detach(), self.grid()
+        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        x = x.clamp(self.floor, self.cap) if self.rectified else x
+        if isinstance(grid, SignGrid):  # where the gradient of a sign stops
+            return float((x.abs() > 1).count_nonzero()) / x.numel()
+        q = torch.div(x, grid.scale).round_().add_(grid.zero_point)
+        return float((q < self.spec.qmin).logical_or_(q > self.spec.qmax).count_nonzero()) / x.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""

@@ -85,10 +85,7 @@ class ModuleGroup(Group):
         """What happens to one activation in this pass: its range moves, then it is rounded."""
 
         def act(x: Tensor) -> Tensor:
-            quantizer.passes += owned
-            if self.observing and owned:
-                quantizer.observe(x)
-            return quantizer(x) if applied and self.phase.quantize and quantizer.ready else x
+            return self.rounded(quantizer, x, owned=owned, applied=applied)
 
         return act
 
@@ -104,7 +101,7 @@ class ModuleGroup(Group):
         ]
         outputs = {target: self.rounding(*how) for target, how in self.outputs.items()}
         tensors: dict[str, Tensor] = {}
-        if self.phase.quantize and (self.observing or self.ready):
+        if self.rounds_parameters:
             tensors = {name: quantizer.rounded(_parameter(head, name)) for name, quantizer in self.parameters.items()}
         with hidden(head, tensors):
             return _rounded_call(_own_forward(head), inputs, outputs, args, kwargs)

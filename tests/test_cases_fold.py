@@ -537,7 +537,8 @@ def test_a12_a_new_process_goes_on_where_the_old_one_stopped(tmp_path: Path) -> 
     resumed = torch.load(out, weights_only=False)
     assert [step for step, *_ in straight["rows"]] == list(range(1, 17))
     assert resumed["rows"] == straight["rows"][8:], "steps, losses and phases, bit for bit"
-    assert resumed["rows"][0][2] == {"observe": False, "quantize": True, "freeze_batch_norm": True}
+    phase = {"observe": False, "quantize": True, "quantize_activations": True, "freeze_batch_norm": True}
+    assert resumed["rows"][0][2] == phase
     assert resumed["ranges"] == straight["ranges"]
     assert all(torch.equal(resumed["state"][name], value) for name, value in straight["state"].items())
 

@@ -74,8 +74,8 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def look(callback: QuantFusionCallback) -> dict[str, Any]:
-    names = ("config_list", "settings", "schedule", "root", "example_input", "source", "export", "dirpath", "verbose")
-    return {name: getattr(callback, name) for name in names}
+    names = ["config_list", "settings", "schedule", "root", "example_input", "source", "export", "dirpath", "verbose"]
+    return {name: getattr(callback, name) for name in (*names, "log_every_n_steps")}
 
 
 # -- YAML ------------------------------------------------------------------------------------------------------------------
@@ -107,16 +107,25 @@ def test_settings_may_be_a_path_or_a_dict(folder: Path) -> None:
         assert callback.config_list == [ENTRY]
 
 
-SCHEDULE = {"observe_start": 3, "observe_stop": "80%", "quantize_start": 0.5, "freeze_batch_norm": "epoch 2"}
+SCHEDULE = {
+    "observe_start": 3,
+    "observe_stop": "80%",
+    "quantize_start": 0.5,
+    "activations_start": "60%",
+    "progressive": 0.75,
+    "freeze_batch_norm": "epoch 2",
+}
 
 
 def test_every_argument_from_yaml(folder: Path) -> None:
     arguments = {"config_list": [ENTRY], "schedule": SCHEDULE, "root": "net", "source": "last", "dirpath": "out", "verbose": 0}
+    arguments["log_every_n_steps"] = 20
     config = write(folder / "cli.yaml", {**arguments, "export": {".onnx": None, ".pt2": {"atol": 0.1}}})
     callback = callback_of("--config", config)
     assert vars(callback.schedule) == SCHEDULE
-    assert [type(moment) for moment in vars(callback.schedule).values()] == [int, str, float, str]
+    assert [type(moment) for moment in vars(callback.schedule).values()] == [int, str, float, str, float, str]
     assert (callback.root, callback.source, callback.dirpath, callback.verbose) == ("net", "last", "out", 0)
+    assert callback.log_every_n_steps == 20
     assert callback.export == {".onnx": {}, ".pt2": {"atol": 0.1}}
 
 
