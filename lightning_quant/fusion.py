@@ -85,6 +85,7 @@ class Ending(Group):
         super().__init__(name)
         self.activation, self.inner, self.output = activation, inner, output
         self.clamp = None if activation is None else clamp_of(activation)  # its ends; None if it is a curve
+        self.tap: Callable[[Tensor], None] | None = None  # is shown what reaches the end, before the activation and its rounding
         self.loose = False  # dropout stands between members: in training it hands on another tensor
         self.strays = Strays()
         self.under_way: dict[int, _Passing] = {}  # what members made and the next one has not read yet
@@ -144,6 +145,8 @@ class Ending(Group):
         behind = self.members
         if behind and member is not behind[-1]:
             return None
+        if self.tap is not None:
+            self.tap(x)
         if own is None or self.clamp is not None:
             if self.output is None:
                 return None
