@@ -119,6 +119,14 @@ def _factor(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     return None if factor is None else factor.to(dtype)
 
 
+def grid_factor(layer: Layer) -> Tensor | None:
+    """What the weight is multiplied by before it is rounded, to broadcast against it; None where norms leave integers alone."""
+    weight, quantizer = weight_of(layer.head), layer.weight
+    if quantizer is None or _commutes(layer, quantizer):
+        return None
+    return _factor(layer, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
 def rounded_weight(layer: Layer) -> Tensor:
     """The layer's weight as training uses it: such that folded it lies on the grid of `layer.weight`; with gradient.
 
@@ -129,12 +137,10 @@ def rounded_weight(layer: Layer) -> Tensor:
     assert quantizer is not None
     if _commutes(layer, quantizer):
         return quantizer.rounded(weight)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    factor = _factor(layer, wide)
     channel = None
     if isinstance(layer.head, TRANSPOSED):
         channel = (weight.shape[0] // layer.head.groups, 1, *[-1] * (weight.dim() - 2))
-    return quantizer.rounded(weight, factor, channel)
+    return quantizer.rounded(weight, grid_factor(layer), channel)
 
 
 def _commutes(layer: Layer, quantizer: WeightQuantizer) -> bool:

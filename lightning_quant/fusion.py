@@ -87,6 +87,7 @@ class Ending(Group):
         super().__init__(name)
         self.activation, self.inner, self.output = activation, inner, output
         self.clamp = None if activation is None else clamp_of(activation)  # its ends; None if it is a curve
+        self.tap: Callable[[Tensor], None] | None = None  # is shown what reaches the end, before the activation and its rounding
         self.loose = False  # dropout stands between members: in training it hands on another tensor
         self.stamp = Stamp()  # of the deployed layer
         self.stands_for: nn.Module | None = None  # the module whose call the activation is, if it is an operator
@@ -153,6 +154,8 @@ class Ending(Group):
         behind = self.members
         if behind and member is not behind[-1]:
             return None
+        if self.tap is not None:
+            self.tap(x)
         if own is None or self.clamp is not None:
             if self.output is None:
                 return None

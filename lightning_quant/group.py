@@ -75,10 +75,11 @@ class Group:
         self.place = 0  # among the layers, in the order of the data
         self.partly = False  # something in the model is not rounded yet: eval mode computes what training computes
         self.simulate = False  # eval mode simulates too, for comparisons
+        self.calibrating = False  # eval mode observes too
         self.deployed: nn.Module | None = None  # built at the first eval forward, dropped by train() and eval()
         self.deployed_from: list[Any] = []  # what it was built on: parameters, buffers, and ranges, which may be another group's
         self.integer_pass = False  # this pass runs the deployed layer
-        self.observing = False  # this pass: training, and the schedule lets ranges move
+        self.observing = False  # this pass: training or calibrating, and the schedule lets ranges move
         self.again = False  # this pass repeats one for its gradients
         self.training = True  # this pass is one of training
         self.shares: dict[Any, Share] = {}  # by what the layer calls the input
@@ -154,7 +155,7 @@ class Group:
         # A forward inside backward is a checkpoint's second one: on the range of the first, which has observed the batch.
         self.again = torch._C._current_graph_task_id() != -1
         self.training = head.training
-        self.observing = head.training and self.phase.observe and not self.again
+        self.observing = (head.training or self.calibrating) and self.phase.observe and not self.again
         if not self.again:
             for quantizer in self.quantizers:
                 quantizer.settled = not self.observing

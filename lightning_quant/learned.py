@@ -262,6 +262,9 @@ class DorefaActivation(ActivationQuantizer):
         super().__init__(*args, **options)
         self.low, self.high = 0.0, 1.0
 
+    def forget(self) -> None:
+        """Nothing: the range is fixed."""
+
     def observe(self, x: Tensor) -> None:
         """Nothing: the range is fixed."""
 

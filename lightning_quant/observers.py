@@ -354,6 +354,12 @@ class HistogramQuantizer(ActivationQuantizer):
         """Whether a batch counts."""
         return self.batches > 0
 
+    def forget(self) -> None:
+        """Begin anew with the next batch."""
+        super().forget()
+        self.observer = OBSERVERS[kind_of_observer(self.spec.observer)](self.spec)
+        self.lagging, self.searched, self._whole = None, 0, None
+
     def observe(self, x: Tensor) -> None:
         """Count one batch. `x`: any shape, floating point; before the ReLU if that is absorbed."""
         x = x.detach()
@@ -367,7 +373,7 @@ class HistogramQuantizer(ActivationQuantizer):
         if self.rectified:
             x, (low, high) = x.clamp(self.floor, self.cap), (min(max(side, self.floor), self.cap) for side in (low, high))
         self.observer.observe(x, low, high)
-        self.changes += 1
+        self._count()
 
     def _search(self) -> tuple[float, float]:
         """The range of all batches; looked for once."""

@@ -158,9 +158,9 @@ class ActivationQuantizer:
     """Observes one activation tensor and rounds it to its grid; one scale for the tensor.
 
     The first observed batch sets the range, later ones move it: r <- r + 0.01 (r_batch - r) (Jacob et al. 2018), or with
-    `observer: minmax` widen it to the least and greatest value seen. A batch with NaN or infinity is left out and reported
-    once. On CPU the range is two Python floats; on an accelerator two 0-dim float32 tensors that never leave it. All range
-    arithmetic is float32 or better, whatever autocast says.
+    `observer: minmax` widen it to the least and greatest value seen. While `averaged` counts, the range is the mean of the
+    batches' instead. A batch with NaN or infinity is left out and reported once. On CPU the range is two Python floats; on an
+    accelerator two 0-dim float32 tensors that never leave it. All range arithmetic is float32 or better, whatever autocast says.
 
     Args:
         spec: the grid.
@@ -173,6 +173,7 @@ class ActivationQuantizer:
         self, spec: TensorSpec, name: str, *, rectified: bool = False, cap: float = math.inf, floor: float = 0.0
     ) -> None:
         self.spec, self.name, self.rectified, self.cap, self.floor = spec, name, rectified, cap, floor
+        self.averaged: int | None = None  # while calibrating: the range is the mean of this many batches
         self.low: float | Tensor | None = None
         self.high: float | Tensor | None = None
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
@@ -193,12 +194,26 @@ class ActivationQuantizer:
         """Whether a range is known. An accelerator is not asked whether its first batches were all NaN."""
         return self.low is not None
 
+    @property
+    def momentum(self) -> float:
+        """How far one batch moves the range."""
+        return MOMENTUM if self.averaged is None else 1 / max(self.averaged, 1)
+
+    def forget(self) -> None:
+        """Begin anew with the next batch."""
+        self.low = self.high = None
+        self.changes += 1
+
+    def _count(self) -> None:
+        self.changes += 1
+        self.averaged = None if self.averaged is None else self.averaged + 1
+
     def observe(self, x: Tensor) -> None:
         """Move the range by one batch. `x`: any shape, floating point; before the ReLU if that is absorbed."""
         x = x.detach()
         if x.numel() == 0:
             return
-        self.changes += 1
+        self._count()
         high = x.amax()
         low = high.new_zeros(()) if self.rectified and self.floor == 0.0 else x.amin()
         if x.device.type == "cpu":
@@ -218,8 +233,8 @@ class ActivationQuantizer:
             self.low, self.high = min(float(self.low), low), max(float(self.high), high)
         else:
             self.low, self.high = float(self.low), float(self.high)
-            self.low += MOMENTUM * (low - self.low)
-            self.high += MOMENTUM * (high - self.high)
+            self.low += self.momentum * (low - self.low)
+            self.high += self.momentum * (high - self.high)
 
     def _warn(self) -> None:
         if not self._warned:
@@ -234,7 +249,7 @@ class ActivationQuantizer:
             self.low, self.high = torch.full_like(low, math.nan), torch.full_like(high, math.nan)
         for name, new, widest in (("low", low, torch.minimum), ("high", high, torch.maximum)):
             old = torch.as_tensor(getattr(self, name), dtype=torch.float32, device=new.device)
-            moved = widest(old, new) if self.spec.observer == "minmax" else old + MOMENTUM * (new - old)
+            moved = widest(old, new) if self.spec.observer == "minmax" else old + self.momentum * (new - old)
             moved = torch.where(torch.isnan(old), new, moved)  # NaN: no batch has counted yet
             setattr(self, name, torch.where(finite, moved, old))
 
@@ -341,7 +356,7 @@ class BlockQuantizer(ActivationQuantizer):
         x = x.detach()
         if x.numel() == 0:
             return
-        self.changes += 1
+        self._count()
         low, high = (side.float() for side in block_range(x, self._checked_kernel(x)))
         if x.device.type == "cpu" and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             self._warn()

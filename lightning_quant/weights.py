@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.config import TensorSpec
+from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.quantizers import MIN_SCALE, block_mean, block_range, spread
 
 
@@ -374,6 +374,18 @@ class DorefaWeight(WeightQuantizer):
         return y.to(weight.dtype)
 
 
+class _Exchanged(torch.autograd.Function):
+    """Another value in place of x; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 class _Sign(torch.autograd.Function):
     """+1 at 0; the gradient passes."""
 
@@ -410,6 +422,84 @@ class BinaryWeight(WeightQuantizer):
                 weight.clamp_(-1, 1)
         y: Tensor = _Sign.apply(weight)
         return y
+
+
+class FixedRounding(WeightQuantizer):
+    """A weight whose grid and integers are decided: each value was rounded up or down on purpose (AdaRound, Nagel et al. 2020).
+
+    The integers hold for the weight that they were chosen for. A value that has moved by a whole step or more since is an error;
+    so is one whose norm has, where a norm is folded into the weight before it is rounded. The gradient passes.
+
+    Args:
+        before: the quantizer that it takes the place of.
+        grid: the grid of the weight (with what is folded into it).
+        q: the integers, of the weight's shape.
+    """
+
+    def __init__(self, before: WeightQuantizer, grid: WeightGrid, q: Tensor) -> None:
+        self.spec, self.name, self.unfolded = before.spec, before.name, before.unfolded
+        self.changes = before.changes + 1
+        self.before, self.fixed = before, grid
+        fits = (
+            d for d in (torch.int8, torch.int16) if torch.iinfo(d).min <= self.spec.qmin and self.spec.qmax <= torch.iinfo(d).max
+        )
+        self.q = q.to(next(fits, torch.int32))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        zero = self.fixed.zero_point
+        return self.q.to(device), self.fixed.scale.to(device), None if zero is None else zero.to(device)
+
+    def _checked(self, weight: Tensor) -> Tensor:
+        """The integers as floats, if they are `weight`'s."""
+        q, scale, zero = self._on(weight.device)
+        q = q.to(weight.dtype)
+        exact = weight.detach() / scale.to(weight.dtype)
+        exact = (exact if zero is None else exact + zero.to(weight.dtype)).clamp(self.spec.qmin, self.spec.qmax)
+        moved = (exact - q).abs() >= 1 + 1e-3
+        if bool(moved.any()):
+            raise ConfigError(
+                f"{self.name}: {int(moved.sum())} of {moved.numel()} values are a step or more away from the integers that were "
+                "learned for them: the weight, or the norm behind it, has changed since. Call learn_rounding again."
+            )
+        return q
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """The grid as it was decided."""
+        _, scale, zero = self._on(weight.device)
+        return WeightGrid(scale.to(weight.dtype), None if zero is None else zero.to(weight.dtype))
+
+    def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:  # noqa: ARG002
+        """The integers as they were decided; a ConfigError if the weight has changed."""
+        return self._checked(weight)
+
+    def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:  # noqa: ARG002
+        """The weight on its integers, same shape and dtype, with gradient."""
+        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        with torch.no_grad():
+            folded = wide if fold is None else wide * fold
+            grid, q = self.grid(folded), self._checked(folded)
+            value = (q if grid.zero_point is None else q - grid.zero_point) * grid.scale
+            if fold is not None:
+                value = torch.where(fold == 0, wide, value / fold)  # a dead channel: whatever it holds is multiplied by 0
+        y: Tensor = _Exchanged.apply(wide, value)
+        return y.to(weight.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The integers, of the weight's shape and the smallest type that holds the grid, and the grid, on the host."""
+        zero = self.fixed.zero_point
+        return {"q": self.q.cpu(), "scale": self.fixed.scale.cpu(), "zero_point": None if zero is None else zero.cpu()}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether a saved state has integers and scales of these shapes."""
+        own = self.state_dict()
+        return set(own) == set(state) and all(
+            (one is None) == (state[key] is None) and (one is None or one.shape == state[key].shape) for key, one in own.items()
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` saved."""
+        self.changes += 1
+        self.q, self.fixed = state["q"].to(self.q.dtype), WeightGrid(state["scale"], state["zero_point"])
 
 
 WEIGHT_METHODS: dict[str, type[WeightQuantizer]] = {
