@@ -16,6 +16,7 @@ from lightning_quant.keys import (
     ENTRY,
     QUANTIZATION,
     SELECTION,
+    WEIGHT_OBSERVERS,
     Blocks,
     Problems,
     check_keys,
@@ -99,6 +100,43 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.scheme} {self.granularity}"
+
+
+def observer_problem(observer: str, scheme: str, granularity: str | Blocks, activation: bool) -> str | None:
+    """Why a target on this grid cannot have an observer, or None."""
+    if not activation and observer not in WEIGHT_OBSERVERS:
+        return (
+            f"{observer} is for activations; a parameter's range is that of its values now (default), or the share of it that "
+            "rounds best (mse)."
+        )
+    if not activation and observer == "mse" and scheme != "symmetric":
+        return f"mse needs a symmetric grid for a parameter, and this one is {scheme}; write quant_scheme: symmetric, or default."
+    if activation and observer not in ("default", "moving_average", "minmax") and granularity != "per_tensor":
+        return (
+            f"{observer} keeps one histogram a tensor, and granularity {granularity} asks for several scales; write granularity: "
+            "per_tensor, or take moving_average or minmax."
+        )
+    return None
+
+
+def method_problem(spec: TensorSpec, activation: bool) -> str | None:
+    """Why a target cannot be trained by its method as it is otherwise decided; None if it can."""
+    if spec.method == "bnn" and spec.dtype != "int1":
+        return f"its values are -1 and 1, quant_dtype 'int1', not {spec.dtype!r}; leave quant_dtype out."
+    if spec.dtype == "int1" and spec.method != "bnn":
+        return "int1 has one bit, which only method 'bnn' trains."
+    if spec.method == "qat" or (spec.method == "pact" and not activation):
+        return None
+    if spec.observer != "default":
+        return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."
+    if activation:
+        one = spec.granularity == "per_tensor"
+        return None if one else f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
+    if spec.scheme != "symmetric" or spec.qmin == 0:
+        return f"a parameter has a grid without a zero point, quant_scheme 'symmetric' and an int quant_dtype, not {spec}."
+    if spec.method in ("dorefa", "bnn") and spec.granularity != "per_tensor":
+        return f"a parameter has one scale, granularity 'default' or 'per_tensor', not {spec.granularity}."
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

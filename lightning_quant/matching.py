@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_quant.config import ConfigError, Rule, TensorSpec
+from lightning_quant.config import ConfigError, Rule, TensorSpec, method_problem, observer_problem
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT, WEIGHT_OBSERVERS, Blocks, Problems, closest, guess, plain_observer
 from lightning_quant.patterns import TRANSPOSED, is_batch_norm, is_head
 from lightning_quant.selection import Modules, select
@@ -358,7 +358,7 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
     if problem is not None:
         raise ConfigError(f"QuantizationSetting of {type(module).__name__}[{target!r}]['granularity']: {problem}")
     observer = plain_observer((keys if activation else {**template, **own}).get("observer", "default"))
-    problem = _observer_problem(observer, keys["quant_scheme"], granularity, activation)
+    problem = observer_problem(observer, keys["quant_scheme"], granularity, activation)
     if problem is not None:
         said = place if "observer" in own else rule.where if activation and "observer" in rule.settings else None
         raise ConfigError(f"{said or f'QuantizationSetting of {type(module).__name__}[{target!r}]'}['observer']: {problem}")
@@ -371,46 +371,9 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
         observer=observer,
         method=method,
     )
-    if (problem := _method_problem(spec, activation)) is not None:
+    if (problem := method_problem(spec, activation)) is not None:
         raise ConfigError(f"{rule.where}: method {method!r} of {target!r} of {type(module).__name__}: {problem}")
     return spec, tuple(notes)
-
-
-def _observer_problem(observer: str, scheme: str, granularity: str | Blocks, activation: bool) -> str | None:
-    """Why a target on this grid cannot have an observer, or None."""
-    if not activation and observer not in WEIGHT_OBSERVERS:
-        return (
-            f"{observer} is for activations; a parameter's range is that of its values now (default), or the share of it that "
-            "rounds best (mse)."
-        )
-    if not activation and observer == "mse" and scheme != "symmetric":
-        return f"mse needs a symmetric grid for a parameter, and this one is {scheme}; write quant_scheme: symmetric, or default."
-    if activation and observer not in ("default", "moving_average", "minmax") and granularity != "per_tensor":
-        return (
-            f"{observer} keeps one histogram a tensor, and granularity {granularity} asks for several scales; write granularity: "
-            "per_tensor, or take moving_average or minmax."
-        )
-    return None
-
-
-def _method_problem(spec: TensorSpec, activation: bool) -> str | None:
-    """Why a target cannot be trained by its method as it is otherwise decided; None if it can."""
-    if spec.method == "bnn" and spec.dtype != "int1":
-        return f"its values are -1 and 1, quant_dtype 'int1', not {spec.dtype!r}; leave quant_dtype out."
-    if spec.dtype == "int1" and spec.method != "bnn":
-        return "int1 has one bit, which only method 'bnn' trains."
-    if spec.method == "qat" or (spec.method == "pact" and not activation):
-        return None
-    if spec.observer != "default":
-        return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."
-    if activation:
-        one = spec.granularity == "per_tensor"
-        return None if one else f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
-    if spec.scheme != "symmetric" or spec.qmin == 0:
-        return f"a parameter has a grid without a zero point, quant_scheme 'symmetric' and an int quant_dtype, not {spec}."
-    if spec.method in ("dorefa", "bnn") and spec.granularity != "per_tensor":
-        return f"a parameter has one scale, granularity 'default' or 'per_tensor', not {spec.granularity}."
-    return None
 
 
 def _granularity(value: Any, target: str, module: nn.Module) -> tuple[str | Blocks, str | None]:

@@ -30,6 +30,7 @@ from lightning_quant.intercept import (
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT, kind_of_observer
 from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.learned import ACTIVATION_METHODS
+from lightning_quant.methods import weight_quantizer_kind
 from lightning_quant.observers import OBSERVERS, HistogramQuantizer
 from lightning_quant.patterns import clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
@@ -38,7 +39,7 @@ from lightning_quant.schedule import Phase
 from lightning_quant.settings import kept_bases
 from lightning_quant.sites import SHARED, Operator
 from lightning_quant.targets import Arguments, is_activation, is_input, owner_of
-from lightning_quant.weights import WeightQuantizer, weight_quantizer_kind
+from lightning_quant.weights import WeightQuantizer
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
 

@@ -30,8 +30,9 @@ from lightning_quant.config import ConfigError
 from lightning_quant.folding import grid_factor, weight_of
 from lightning_quant.fusion import FusedGroup, own_forward
 from lightning_quant.group import hidden
+from lightning_quant.methods import FixedRounding, LsqWeight
 from lightning_quant.prepare import drop_deployed_layers
-from lightning_quant.weights import FixedRounding, LsqWeight, WeightQuantizer, quantize_weight
+from lightning_quant.weights import WeightQuantizer, quantize_weight
 from lightning_quant.wrapped import ModuleGroup
 
 ZETA, GAMMA = 1.1, -0.1

@@ -243,21 +243,9 @@ WORDS: dict[str, Row] = {
         f"{FIRST}['op_names_re']: expected a list of strings, got 'conv.*'; write ['conv.*'] for one name.",
     ),
     "int0": row(linear(quant_dtype="int0"), f"{FIRST}['quant_dtype']: 'int0' is no integer type; {TYPES} Did you mean 'int8'?"),
-    "int1": row(
-        linear(quant_dtype="int1"),
-        *(
-            f"{FIRST}: method 'qat' of {target!r} of Linear: int1 has one bit, which only method 'bnn' trains."
-            for target in ("_input_", "weight", "_output_")
-        ),
-    ),
     "uint1": row(
         linear(quant_dtype="uint1"),
         f"{FIRST}['quant_dtype']: 'uint1' has one bit without a sign; one bit is int1, the values -1 and 1, of method 'bnn'.",
-    ),
-    "bnn of 8 bits": row(
-        linear(method="bnn", quant_dtype="int8", target_names=["weight"]),
-        f"{FIRST}: method 'bnn' of 'weight' of Linear: its values are -1 and 1, quant_dtype 'int1', not 'int8'; leave "
-        "quant_dtype out.",
     ),
     "int17": row(linear(quant_dtype="int17"), f"{FIRST}['quant_dtype']: 'int17' has more than 16 bits; {TYPES}"),
     "uint99": row(weight(quant_dtype="uint99"), f"{WEIGHT}['quant_dtype']: 'uint99' has more than 16 bits; {TYPES}"),
@@ -292,7 +280,9 @@ WORDS: dict[str, Row] = {
         linear(observer="histogram"),
         f"{FIRST}['observer']: 'histogram' is not one of default, moving_average, minmax, percentile, entropy, mse.",
     ),
-    "method": row(linear(method="lsq"), f"{FIRST}['method']: 'lsq' is not one of qat."),
+    "method": row(
+        linear(method="slq"), f"{FIRST}['method']: 'slq' is not one of qat, lsq, lsq+, pact, dorefa, bnn. Did you mean 'lsq'?"
+    ),
     "target_settings as a list": row(
         linear(target_settings=["weight"]),
         f"{FIRST}['target_settings']: expected a dict from target to settings, got ['weight'].",
@@ -577,6 +567,15 @@ MODULES: dict[str, Row] = {
     "a granularity that fits no target, where something is overruled": row(
         [*names("fc1"), *names("fc1", target_names=["_input_"], granularity="in_channel", observer="minmax")],
         "config_list[1]['granularity']: in_channel fits no target of this entry: in_channel is for weights.",
+    ),
+    "int1": row(
+        linear(quant_dtype="int1", target_names=["weight"]),
+        f"{FIRST}: method 'qat' of 'weight' of Linear: int1 has one bit, which only method 'bnn' trains.",
+    ),
+    "bnn of 8 bits": row(
+        linear(method="bnn", quant_dtype="int8", target_names=["weight"]),
+        f"{FIRST}: method 'bnn' of 'weight' of Linear: its values are -1 and 1, quant_dtype 'int1', not 'int8'; leave "
+        "quant_dtype out.",
     ),
     "an observer for parameters alone": row(
         names("fc1", target_names=["weight", "bias"], observer="minmax"),

@@ -20,9 +20,9 @@ from toys import FUSED, Net, fingerprint, loader
 from lightning_quant import ConfigError, convert_model, patterns, register_fusion, restore_model
 from lightning_quant.calibrate import calibrate, correct_biases
 from lightning_quant.fusion import FusedGroup
+from lightning_quant.methods import WEIGHT_METHODS, FixedRounding
 from lightning_quant.prepare import prepared_groups, quantizer_state, simulated
 from lightning_quant.rounding import GAMMA, ZETA, _rectified, learn_rounding
-from lightning_quant.weights import WEIGHT_METHODS, FixedRounding
 
 BATCHES = [x for x, _ in loader(64)]
 LOW_BITS = [{**FUSED[0], "quant_dtype": "int3", "target_names": ["weight"]}]

@@ -21,6 +21,7 @@ from toys import Lit, Net, loader
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, export_model, load_deployed, make_plan, prepare_model
 from lightning_quant.config import TensorSpec
 from lightning_quant.learned import LsqActivation, LsqPlusActivation, PactActivation
+from lightning_quant.methods import BinaryWeight, DorefaWeight, LsqPlusWeight, LsqWeight
 from lightning_quant.prepare import (
     learned_parameters,
     load_quantizer_state,
@@ -30,7 +31,6 @@ from lightning_quant.prepare import (
     restore_model,
 )
 from lightning_quant.quantizers import Grid
-from lightning_quant.weights import BinaryWeight, DorefaWeight, LsqWeight
 
 TrainerMaker = Callable[..., Trainer]
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -207,6 +207,13 @@ def test_lsq_of_a_weight(bits: int, granularity: str) -> None:
     by_x = torch.tensor([value for _, values, _ in found for value in values], dtype=torch.float64)
     torch.testing.assert_close(weight.grad.flatten(), by_x, rtol=0, atol=1e-6)
     assert quantizer.scale.grad.flatten().tolist() == pytest.approx([by_s for *_, by_s in found], rel=1e-5, abs=1e-6)
+
+
+def test_lsq_plus_of_a_weight_starts_from_its_spread() -> None:
+    quantizer = LsqPlusWeight(spec("int4", "lsq+", weight=True, granularity="out_channel"), "w", W)
+    rows = [(row.mean().item(), row.std(unbiased=False).item()) for row in W]
+    expected = [max(abs(m - 3 * d), abs(m + 3 * d)) / 8 for m, d in rows]
+    assert quantizer.scale.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_dorefa_of_a_weight() -> None:
@@ -447,7 +454,7 @@ def test_learned_scales_move_and_help(quiet_trainer: TrainerMaker) -> None:
             optimizer.step()
         moved = [bool((a != b).any()) for a, b in zip(start, learned, strict=True)]
         assert all(moved) != frozen
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[0] < losses[1]
 
 
@@ -522,6 +529,6 @@ def test_an_optimizer_without_parameters_cannot_learn(quiet_trainer: TrainerMake
 def test_another_methods_state_is_refused() -> None:
     saved = quantizer_state(trained("lsq"))
     model = trained("lsq+")
-    with pytest.raises(ConfigError, match="have another granularity or method"):
+    with pytest.raises(ConfigError, match="have another granularity, observer or method"):
         load_quantizer_state(model, saved)
     assert all(quantizer.ready for quantizer in quantizers_of(model).values())
