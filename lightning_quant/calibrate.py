@@ -48,7 +48,7 @@ def evaluating(model: nn.Module, phase: Phase, *, calibrating: bool = False) -> 
     """`model` in eval mode and without gradients, simulating in `phase`; flags and phases restored after."""
     groups = [group for _, group in prepared_groups(model).values()]
     training = [(module, module.training) for module in model.modules()]
-    before = [(group, group.phase, group.simulate) for group in groups]
+    before = [(group, group.phase, group.partly, group.simulate) for group in groups]
     try:
         for module, _ in training:
             module.training = False  # not eval(), which a user's class may have made do more
@@ -60,8 +60,8 @@ def evaluating(model: nn.Module, phase: Phase, *, calibrating: bool = False) -> 
     finally:
         for module, flag in training:
             module.training = flag
-        for group, was, simulate in before:
-            group.phase, group.simulate, group.calibrating = was, simulate, False
+        for group, was, partly, simulate in before:
+            group.phase, group.partly, group.simulate, group.calibrating = was, partly, simulate, False
         drop_deployed_layers(model)
 
 
