@@ -551,7 +551,7 @@ def test_a13_autocast_rounds_in_float32(dtype: torch.dtype) -> None:
     model, x = Net(), torch.randn(16, 3, 8, 8)
     attached(model, FUSED, x)
     rounded: list[Tensor] = []
-    model.conv2.register_forward_pre_hook(lambda _, args: rounded.append(args[0].detach()))
+    hook = model.conv2.register_forward_pre_hook(lambda _, args: rounded.append(args[0].detach()))
     with WeightsSeen("conv2d") as seen, torch.autocast("cpu", dtype):
         loss = F.cross_entropy(model(x).float(), torch.arange(16) % 4)
     loss.backward()
@@ -568,6 +568,7 @@ def test_a13_autocast_rounds_in_float32(dtype: torch.dtype) -> None:
     assert len(levels.round().unique()) <= 256
     with torch.no_grad():
         wanted = model.eval()(x)
+        hook.remove()
         assert torch.equal(convert_model(model)(x), wanted)
 
 
