@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
+from lightning_quant.calibration import Calibration, after_preparing, before_preparing, trains
 from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
@@ -70,6 +71,9 @@ class QuantFusionCallback(Callback):
         settings: settings of module types (class name or dotted path -> target -> keys), for this callback only: a dict or a
             YAML or JSON path; see `QuantizationSetting`.
         schedule: a `Schedule`, a dict of its fields, or None for its defaults.
+        calibration: what is done with training data before training: a number of batches that ranges are found with, or a dict of
+            `batches`, `equalize`, `correct_biases`, `learn_rounding` (see `Calibration`). With `max_epochs=0` that is all, and
+            the model is converted untrained; otherwise None leaves the ranges to training.
         root: name of the submodule that the names in `config_list` are relative to; None for the LightningModule.
         example_input: what the root's forward is called with (a tensor, a tuple of positional arguments, a dict of keyword
             arguments or (tuple, dict)). None: `example_input_array`, else a batch of the training data as `training_step`
@@ -111,6 +115,7 @@ class QuantFusionCallback(Callback):
         *,
         settings: Mapping[str, Any] | ConfigFile | os.PathLike[str] | str | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
+        calibration: Calibration | Mapping[str, Any] | int | None = None,
         root: str | None = None,
         example_input: Any = None,
         source: Literal["best", "last"] = "best",
@@ -130,7 +135,7 @@ class QuantFusionCallback(Callback):
             raise ConfigError(
                 f"log_every_n_steps: expected a number of steps, or None or 0 for never, got {log_every_n_steps!r}."
             )
-        self.schedule = Schedule.make(schedule)
+        self.schedule, self.calibration = Schedule.make(schedule), Calibration.make(calibration)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
         self.plan: Plan | None = None
@@ -169,7 +174,6 @@ class QuantFusionCallback(Callback):
         try:
             self._attach(trainer, pl_module, state, again)
         except BaseException:
-            # As it was: float, or prepared by the fit before.
             take_from_optimizers(pl_module, trainer.optimizers)
             restore_model(pl_module)
             if before is not None and state is not None:
@@ -182,6 +186,8 @@ class QuantFusionCallback(Callback):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
         self.plan, self.deployed_model = self._make_plan(trainer, pl_module), None
+        if state is None:
+            before_preparing(self.calibration, pl_module.get_submodule(self._entry), self._example, verbose=self.verbose)
         prepare_model(pl_module, self.plan)
         if state is not None and again and not fits(pl_module, state["quantizers"]):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
@@ -189,6 +195,9 @@ class QuantFusionCallback(Callback):
         if state is None:
             self._run, self._logged = uuid.uuid4().hex, {}
             self._set_phase(pl_module, _FLOAT)
+            entry = pl_module.get_submodule(self._entry)
+            if after_preparing(self.calibration, trainer, pl_module, entry, verbose=self.verbose) and not trains(trainer):
+                self._set_phase(pl_module, Phase(observe=False))
         else:
             self._load(pl_module, state)
         give_to_optimizers(pl_module, trainer.optimizers)
@@ -295,8 +304,8 @@ class QuantFusionCallback(Callback):
         self._phase, self._layers = phase, len(prepared_groups(pl_module)) if layers is None else layers
         apply_phase(pl_module, phase, layers)
 
-    # Whatever moved the weights since the model was last in eval mode (an averaging callback, a loaded checkpoint), an
-    # evaluation begins with fresh integers; they are folded at its first forward, after every callback's start hook.
+    # Whatever moved the weights since the last eval mode (an averaging callback, a loaded checkpoint), an evaluation begins with
+    # fresh integers, folded at its first forward, after every callback's start hook.
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fold anew for this loop."""
@@ -328,7 +337,7 @@ class QuantFusionCallback(Callback):
         if (why := self._unfinished(pl_module)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
             return
-        origin = self._best_checkpoint(trainer) if self.source == "best" else None
+        origin = self._best_checkpoint(trainer) if self.source == "best" and trains(trainer) else None
         twin = copy_of(pl_module)
         if origin is not None:
             twin.load_state_dict(origin[1]["state_dict"], strict=pl_module.strict_loading)
@@ -414,7 +423,7 @@ class QuantFusionCallback(Callback):
     @override
     def state_key(self) -> str:
         """The same for subclasses, so that a checkpoint outlives a renamed class."""
-        return "QuantFusionCallback"
+        return QuantFusionCallback.__name__
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,6 +44,28 @@ def find_example(
             return _captured(scope, lambda: _training_step(pl_module, batch), others, wait=_has_forward(pl_module))
         except _NoBatchError as reason:
             return str(reason)
+
+
+def find_calls(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, entry: nn.Module, number: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]] | str:
+    """What `entry` is called with in the training steps of the first `number` batches, or why that cannot be had.
+
+    Every step is aborted there; loaders, random state, buffers and metrics are as they were afterwards.
+    """
+    trainer.fit_loop.setup_data()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    others = [module for module in pl_module.modules() if module is not entry] if entry is not pl_module else []
+    with _trial(pl_module), contextlib.ExitStack() as stack:
+        try:
+            for batch in stack.enter_context(contextlib.closing(_batches(trainer, pl_module, number))):
+                found = _captured(entry, lambda batch=batch: _training_step(pl_module, batch), others)  # type: ignore[misc]
+                if isinstance(found, str) or found[0] is not entry:
+                    return found if isinstance(found, str) else f"training_step does not call {type(entry).__name__}"
+                calls.append(found[1])
+        except _NoBatchError as reason:
+            return str(reason)
+    return calls
 
 
 @contextlib.contextmanager
@@ -135,22 +158,36 @@ def _training_step(pl_module: pl.LightningModule, batch: Any) -> None:
 
 def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     """A first batch of the training data, on the device, with the loaders' own iterators left untouched."""
+    with contextlib.closing(_batches(trainer, pl_module, 1)) as batches:
+        return next(batches)
+
+
+def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> Generator[Any]:
+    """The first batches of the training data, on the device, with the loaders' own iterators left untouched."""
     loaders = trainer.train_dataloader
     if loaders is None:
         raise _NoBatchError("there is no training data")
-    batch = trainer.precision_plugin.convert_input(_sample(loaders))
-    batch = pl_module._on_before_batch_transfer(batch)  # the hook of the data module or the module, as Lightning chooses
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    with contextlib.closing(_samples(loaders)) as samples:
+        count = 0
+        for count, sample in enumerate(itertools.islice(samples, number), start=1):  # noqa: B007
+            batch = trainer.precision_plugin.convert_input(sample)
+            batch = pl_module._on_before_batch_transfer(batch)  # the data module's hook or the module's, as Lightning chooses
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    if not count:
+        raise _NoBatchError("the training data is empty")
 
 
-def _sample(loaders: Any) -> Any:
-    """One batch with the structure of the loaders."""
+def _samples(loaders: Any) -> Generator[Any]:
+    """Batches with the structure of the loaders, until one of them ends."""
     if isinstance(loaders, Mapping):
-        return {key: _sample(loader) for key, loader in loaders.items()}
+        yield from (dict(zip(loaders, parts, strict=True)) for parts in zip(*map(_samples, loaders.values()), strict=False))
+        return
     if isinstance(loaders, list | tuple):
-        return type(loaders)(_sample(loader) for loader in loaders)
+        yield from (type(loaders)(parts) for parts in zip(*map(_samples, loaders), strict=False))
+        return
     if not isinstance(loaders, DataLoader):
-        return next(_restartable(loaders))
+        yield from _restartable(loaders)
+        return
     generators = [g for g in (loaders.generator, getattr(loaders.sampler, "generator", None)) if g is not None]
     states = [generator.get_state() for generator in generators]
     try:
@@ -158,12 +195,11 @@ def _sample(loaders: Any) -> Any:
             if loaders.persistent_workers:
                 raise _NoBatchError("an iterable dataset with persistent workers has one iterator only")
             _restartable(loaders.dataset)
-            return next(iter(loaders))
+            yield from loaders
+            return
         # Not through the loader: that would start workers, or move a persistent iterator that training is to read.
-        indices = next(iter(loaders.batch_sampler))
-        return loaders.collate_fn([loaders.dataset[index] for index in indices])
-    except StopIteration:
-        raise _NoBatchError("the training data is empty") from None
+        for indices in loaders.batch_sampler:
+            yield loaders.collate_fn([loaders.dataset[index] for index in indices])
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)

@@ -696,9 +696,11 @@ def test_a_swapped_model_works_under_a_trainer_without_the_callback(quiet_traine
     assert torch.equal(torch.as_tensor(predictions[0]), evaluate(model))
 
 
-@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}], ids=str)
-def test_nothing_trained_is_nothing_converted_and_said(options: dict[str, Any], quiet_trainer: TrainerMaker) -> None:
-    callback = QuantFusionCallback(FUSED, example_input=X, verbose=0)
+@pytest.mark.parametrize(("options", "calibration"), [({"max_epochs": 0}, 0), ({"limit_train_batches": 0}, None)], ids=str)
+def test_nothing_trained_nor_calibrated_is_nothing_converted_and_said(
+    options: dict[str, Any], calibration: int | None, quiet_trainer: TrainerMaker
+) -> None:
+    callback = QuantFusionCallback(FUSED, example_input=X, calibration=calibration, verbose=0)
     with pytest.warns(UserWarning, match="no quantized training step was run, so nothing was converted"):
         quiet_trainer(**{"max_epochs": 1, **options}, callbacks=[callback]).fit(Lit(), loader(), loader(seed=1))
     assert callback.deployed_model is None

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns what the callback does with batches of the training data before training, or instead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_quant.calibrate import calibrate, correct_biases
+from lightning_quant.capture import find_calls
+from lightning_quant.config import ConfigError, closest
+from lightning_quant.equalize import equalize_model
+from lightning_quant.rounding import learn_rounding
+
+BATCHES = 32  # as many as calibration takes where nobody says; ranges change little with more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What is done at the start of a fit that begins anew, in this order.
+
+    Args:
+        equalize: equalize the channels between layers first, the float function unchanged (`equalize_model`).
+        batches: with how many batches of the training data the ranges are found, in eval mode (`calibrate`). None: 32 if the
+            trainer is to train nothing (`max_epochs=0`), else 0, so that training finds them.
+        correct_biases: take the mean error of rounding out of biases (`correct_biases`).
+        learn_rounding: learn for each weight whether to round it up or down (`learn_rounding`); only where nothing is trained.
+
+    Raises:
+        ConfigError: for a value of another type.
+    """
+
+    equalize: bool = False
+    batches: int | None = None
+    correct_biases: bool = False
+    learn_rounding: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = self.batches is not None and (type(self.batches) is not int or self.batches < 0)
+        if wrong:
+            raise ConfigError(f"calibration: batches={self.batches!r} is no number of batches; give 0 or more, or None.")
+        for name in ("equalize", "correct_biases", "learn_rounding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"calibration: {name}={getattr(self, name)!r}: expected true or false.")
+        if self.batches == 0 and (self.correct_biases or self.learn_rounding):
+            raise ConfigError("calibration: correct_biases and learn_rounding need ranges, but batches=0 finds none.")
+
+    @classmethod
+    def make(cls, given: Calibration | Mapping[str, Any] | int | None) -> Calibration:
+        """A Calibration from itself, a dict of its fields (as YAML gives it), a number of batches, or None (the defaults)."""
+        if given is None or isinstance(given, Calibration):
+            return given or cls()
+        if isinstance(given, int) and not isinstance(given, bool):
+            return cls(batches=given)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"calibration: expected a number of batches, a dict of settings or None, got {given!r}.")
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                hint = closest(str(key), known, 1)
+                guess = f" Did you mean {hint[0]!r}?" if hint else ""
+                raise ConfigError(f"calibration: unknown key {key!r}; allowed: {', '.join(known)}.{guess}")
+        return cls(**given)
+
+
+def trains(trainer: pl.Trainer) -> bool:
+    """Whether a fit of this trainer runs any training step."""
+    return 0 not in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
+
+
+def before_preparing(calibration: Calibration, model: nn.Module, example: Any, *, verbose: int) -> None:
+    """Equalize the float model, if that is asked for.
+
+    Raises:
+        ConfigError: if no forward could be recorded.
+    """
+    if not calibration.equalize:
+        return
+    if example is None:
+        raise ConfigError("calibration: equalize needs a recorded forward; give example_input.")
+    found = equalize_model(model, example_input=example)
+    if verbose:
+        rank_zero_info(f"calibration: equalized\n{found}")
+
+
+def after_preparing(
+    calibration: Calibration, trainer: pl.Trainer, pl_module: pl.LightningModule, entry: nn.Module, *, verbose: int
+) -> bool:
+    """Find the ranges of a prepared model, and what else is asked for; whether it is calibrated now.
+
+    `entry`: the module whose calls are calibrated, the one that was recorded.
+
+    Raises:
+        ConfigError: if the training data cannot be had, or integers would be learned that training moves.
+    """
+    training = trains(trainer)
+    batches = calibration.batches if calibration.batches is not None else (0 if training else BATCHES)
+    corrects = calibration.correct_biases or calibration.learn_rounding
+    if training and calibration.learn_rounding:
+        raise ConfigError(
+            "calibration: learn_rounding fixes the integers of the weights, which training would move; use it with "
+            "Trainer(max_epochs=0)."
+        )
+    if batches == 0 and corrects:
+        batches = BATCHES
+    if batches == 0:
+        return False
+    calls = find_calls(trainer, pl_module, entry, batches)
+    if isinstance(calls, str) and calibration.batches is None and not corrects:
+        return False  # nobody asked for it
+    if isinstance(calls, str):
+        raise ConfigError(f"calibration: no batch of the training data is to be had: {calls}.")
+    calibrate(entry, calls)
+    reports = [correct_biases(entry, calls)] if calibration.correct_biases else []
+    reports += [learn_rounding(entry, calls)] if calibration.learn_rounding else []  # type: ignore[list-item]
+    if verbose:
+        said = "".join(f"\n{report}" for report in reports)
+        rank_zero_info(f"calibration: ranges found with {len(calls)} batches{said}")
+    return True

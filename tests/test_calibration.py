@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns calibration by the callback: at the start of a fit, or all that a fit without training does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import Lit, loader
+
+from lightning_quant import ConfigError, QuantFusionCallback, make_plan, prepare_model
+from lightning_quant.calibrate import calibrate
+from lightning_quant.calibration import BATCHES, Calibration
+from lightning_quant.prepare import prepared_groups, quantizer_state
+
+TrainerMaker = Callable[..., Trainer]
+LAYERS = [{"op_types": ["Conv2d", "Linear"]}]
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def evaluated(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model.eval()(X)
+    return y
+
+
+def lit() -> Lit:
+    torch.manual_seed(0)
+    return Lit()
+
+
+@pytest.mark.parametrize("calibration", [None, 2, {"batches": 2}, Calibration(batches=2)], ids=["none", "int", "dict", "object"])
+def test_a_fit_without_epochs_calibrates_and_converts(calibration: Any, quiet_trainer: TrainerMaker) -> None:
+    model, callback = lit(), QuantFusionCallback(LAYERS, calibration=calibration, verbose=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    assert callback.deployed_model is not None
+    assert torch.equal(evaluated(callback.deployed_model), evaluated(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "weights and statistics stay"
+    twin = lit()
+    prepare_model(twin, make_plan(twin, LAYERS, example_input=X))
+    calibrate(twin, [x for x, _ in loader()][: 2 if calibration else BATCHES])
+    assert quantizer_state(model) == quantizer_state(twin)
+
+
+def test_no_steps_are_no_training_either(quiet_trainer: TrainerMaker) -> None:
+    model, callback = lit(), QuantFusionCallback(LAYERS, verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback], max_steps=0).fit(model, loader(), loader(seed=1))
+    assert callback.deployed_model is not None
+    assert torch.equal(evaluated(callback.deployed_model), evaluated(model))
+
+
+def test_without_training_data_there_is_nothing_to_calibrate_with(quiet_trainer: TrainerMaker) -> None:
+    model, callback = lit(), QuantFusionCallback(LAYERS, verbose=0, example_input=X)
+    with pytest.warns(UserWarning, match="so nothing was converted"):
+        quiet_trainer(max_epochs=1, callbacks=[callback], limit_train_batches=0).fit(model, loader(), loader(seed=1))
+    callback = QuantFusionCallback(LAYERS, calibration=4, verbose=0, example_input=X)
+    with pytest.raises(ConfigError, match="no batch of the training data is to be had: there is no training data"):
+        quiet_trainer(max_epochs=1, callbacks=[callback], limit_train_batches=0).fit(lit(), loader(), loader(seed=1))
+
+
+class Order(Lit):
+    """Remembers the batches that it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.seen.append(float(batch[0].sum()))
+        return loss
+
+
+def test_training_after_it_sees_the_data_it_would_have_seen(quiet_trainer: TrainerMaker) -> None:
+    runs = []
+    for batches in (0, 3):
+        torch.manual_seed(0)
+        model = Order()
+        torch.manual_seed(1)
+        callback = QuantFusionCallback(LAYERS, calibration=batches, verbose=0)
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(shuffle=True), loader(seed=1))
+        runs.append((model.seen, quantizer_state(model)))
+    assert runs[0][0] == runs[1][0]
+    assert len(runs[0][0]) == 4
+    assert runs[0][1] != runs[1][1], "the ranges began elsewhere"
+
+
+def test_a_second_fit_keeps_its_ranges(quiet_trainer: TrainerMaker) -> None:
+    model, callback = lit(), QuantFusionCallback(LAYERS, calibration=1, verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    before = quantizer_state(model)
+    quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, loader(seed=9), loader(seed=1))
+    assert quantizer_state(model) == before
+
+
+class Frozen(nn.Module):
+    """A net whose training_step calls it by itself, with a keyword argument and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        y: Tensor = self.fc2(torch.relu(self.fc1(x)) * mask)
+        return y
+
+
+class Inside(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.teacher = Frozen(), nn.Linear(3, 2)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = (self.net(batch["x"], mask=batch["mask"]) - self.teacher(batch["x"])).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_module_that_training_step_calls_is_what_is_calibrated(quiet_trainer: TrainerMaker) -> None:
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
+    mask = (x[:, :1] > 0).float()
+    parts = {name: DataLoader(TensorDataset(one), batch_size=8) for name, one in (("x", x), ("mask", mask))}
+
+    class Paired(Inside):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step({"x": batch["x"][0], "mask": batch["mask"][0]}, batch_idx)
+
+    model, callback = Paired(), QuantFusionCallback([{"op_types": ["Linear"]}], root="net", calibration=3, verbose=0)
+    quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, parts)
+    assert callback.deployed_model is not None
+    seen = quantizer_state(model)["net.fc1._input_"]
+    thirds = [x[8 * i : 8 * i + 8] for i in range(3)]
+    assert seen["low"] == pytest.approx(float(sum(one.min() for one in thirds)) / 3, rel=1e-5)
+    assert seen["high"] == pytest.approx(float(sum(one.max() for one in thirds)) / 3, rel=1e-5)
+
+
+def test_rounding_and_biases_are_learned_where_nothing_is_trained(quiet_trainer: TrainerMaker) -> None:
+    config = [{"op_types": ["Conv2d", "Linear"], "target_settings": {"weight": {"quant_dtype": "int3"}}}]
+    x = torch.cat([x for x, _ in loader()])
+    with torch.no_grad():
+        expected = lit().eval()(x)
+    errors = []
+    for options in ({}, {"correct_biases": True, "learn_rounding": True}):
+        model, callback = lit(), QuantFusionCallback(config, calibration={"batches": 4, **options}, verbose=0)
+        quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+        assert callback.deployed_model is not None
+        assert torch.equal(evaluated(callback.deployed_model), evaluated(model))
+        with torch.no_grad():
+            errors.append(float((callback.deployed_model(x) - expected).square().mean()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_equalizing_an_uneven_net_saves_it(shared: Path, monkeypatch: pytest.MonkeyPatch, quiet_trainer: TrainerMaker) -> None:
+    """A depthwise net trained on real pictures, its channels made uneven: rounded per tensor it is lost, equalized it is not."""
+    monkeypatch.syspath_prepend(str(shared / "data" / "float"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    from nets import RECIPES, unequalize  # type: ignore[import-not-found]
+
+    data = np.load(shared / "data" / "emoji32.npz")
+
+    def images(key: str, count: int) -> Tensor:
+        return torch.from_numpy(data[key][:count]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+    class Net(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net: nn.Module = RECIPES["emoji_ds_relu"][1]()
+            self.net.load_state_dict(torch.load(shared / "data" / "float" / "emoji_ds_relu.pt", weights_only=True))
+            unequalize(self.net.eval(), 30)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.net(x)
+            return y
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self(batch[0]).mean()  # type: ignore[no-any-return]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    train = DataLoader(TensorDataset(images("x_train", 128)), batch_size=64)
+    x, y = images("x_test", 400), torch.from_numpy(data["y_test"][:400].astype("int64"))
+    config: list[Any] = ["int8", {"op_types": ["Conv2d", "Linear"], "granularity": "per_tensor"}]
+    accuracy = []
+    for equalize in (False, True):
+        model, callback = Net(), QuantFusionCallback(config, calibration={"equalize": equalize, "batches": 2}, verbose=0)
+        quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, train)
+        assert callback.deployed_model is not None
+        with torch.no_grad():
+            accuracy.append(float((callback.deployed_model(x).argmax(1) == y).double().mean()))
+    assert accuracy[0] < 0.2
+    assert accuracy[1] >= 0.65
+
+
+WRONG: list[tuple[Any, str]] = [
+    ("32", "calibration: expected a number of batches, a dict of settings or None, got '32'"),
+    (True, "calibration: expected a number of batches, a dict of settings or None, got True"),
+    (-1, "calibration: batches=-1 is no number of batches; give 0 or more, or None"),
+    ({"batches": 1.5}, "calibration: batches=1.5 is no number of batches"),
+    ({"equalise": True}, "calibration: unknown key 'equalise'; allowed: equalize, batches, .*Did you mean 'equalize'"),
+    ({"equalize": "yes"}, "calibration: equalize='yes': expected true or false"),
+    (
+        {"batches": 0, "correct_biases": True},
+        "correct_biases and learn_rounding need ranges, but batches=0 finds none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG)
+def test_what_calibration_cannot_be(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantFusionCallback(LAYERS, calibration=given)
+
+
+def test_integers_are_not_learned_before_training(quiet_trainer: TrainerMaker) -> None:
+    model, callback = lit(), QuantFusionCallback(LAYERS, calibration={"learn_rounding": True}, verbose=0)
+    with pytest.raises(ConfigError, match="learn_rounding fixes the integers of the weights, which training would move"):
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    assert not prepared_groups(model)
+
+
+def test_data_that_cannot_be_had(quiet_trainer: TrainerMaker) -> None:
+    def stream() -> Any:
+        while True:
+            yield [X, torch.zeros(8, dtype=torch.long)]
+
+    model, callback = lit(), QuantFusionCallback(LAYERS, calibration=2, example_input=X, verbose=0)
+    with pytest.raises(ConfigError, match="is to be had: the training data is a stream that runs once"):
+        quiet_trainer(max_epochs=1, max_steps=1, callbacks=[callback]).fit(model, stream(), loader(seed=1))
+    assert not prepared_groups(model)
+
+
+def test_equalizing_needs_a_recorded_forward(quiet_trainer: TrainerMaker) -> None:
+    class Stepless(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise RuntimeError("not today")
+
+    model = Stepless()
+    callback = QuantFusionCallback([{"op_names": ["fc"]}], calibration={"equalize": True}, verbose=0)
+    with pytest.raises(ConfigError, match="calibration: equalize needs a recorded forward; give example_input"):
+        quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, loader(), loader(seed=1))
