@@ -25,7 +25,7 @@ from lightning_quant.folding import weight_of
 from lightning_quant.fusion import FusedGroup
 from lightning_quant.group import Group
 from lightning_quant.patterns import BatchNorm
-from lightning_quant.prepare import apply_phase, drop_deployed_layers, prepared_groups, quantizers_of
+from lightning_quant.prepare import apply_phase, drop_deployed_layers, prepared_groups, quantizers_of, simulated
 from lightning_quant.record import moved, split_example
 from lightning_quant.schedule import Phase
 from lightning_quant.wrapped import ModuleGroup
@@ -48,20 +48,20 @@ def evaluating(model: nn.Module, phase: Phase, *, calibrating: bool = False) -> 
     """`model` in eval mode and without gradients, simulating in `phase`; flags and phases restored after."""
     groups = [group for _, group in prepared_groups(model).values()]
     training = [(module, module.training) for module in model.modules()]
-    before = [(group, group.phase, group.partly, group.simulate) for group in groups]
+    before = [(group, group.phase, group.partly) for group in groups]
     try:
         for module, _ in training:
             module.training = False  # not eval(), which a user's class may have made do more
         apply_phase(model, phase)
         for group in groups:
-            group.simulate, group.calibrating = True, calibrating
-        with torch.no_grad():
+            group.calibrating = calibrating
+        with simulated(model), torch.no_grad():
             yield
     finally:
         for module, flag in training:
             module.training = flag
-        for group, was, partly, simulate in before:
-            group.phase, group.partly, group.simulate, group.calibrating = was, partly, simulate, False
+        for group, was, partly in before:
+            group.phase, group.partly, group.calibrating = was, partly, False
         drop_deployed_layers(model)
 
 
@@ -175,6 +175,11 @@ def tapped(groups: Mapping[str, FusedGroup], see: Callable[[str, Tensor], None])
             group.tap = None
 
 
+def report(lines: Iterable[str], left: Mapping[str, str]) -> str:
+    """What was done, a line each, and what was left, with the reason."""
+    return "\n".join([*lines, *(f"left as it is: {name}: {reason}" for name, reason in left.items())])
+
+
 # -- bias correction ----------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +192,7 @@ class Correction:
 
     def __str__(self) -> str:
         lines = [f"{name}: shifted by up to {shift:.3g}" for name, shift in self.shifts.items()]
-        return "\n".join([*lines, *(f"left as it is: {name}: {reason}" for name, reason in self.left.items())])
+        return report(lines, self.left)
 
 
 def correct_biases(model: nn.Module, batches: Iterable[Any], *, steps: int | None = None) -> Correction:

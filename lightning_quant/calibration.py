@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_quant.calibrate import calibrate, correct_biases
 from lightning_quant.capture import find_calls
-from lightning_quant.config import ConfigError, closest
+from lightning_quant.config import ConfigError, check_fields
 from lightning_quant.equalize import equalize_model
 from lightning_quant.rounding import learn_rounding
 
@@ -59,12 +59,7 @@ class Calibration:
             return cls(batches=given)
         if not isinstance(given, Mapping):
             raise ConfigError(f"calibration: expected a number of batches, a dict of settings or None, got {given!r}.")
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                hint = closest(str(key), known, 1)
-                guess = f" Did you mean {hint[0]!r}?" if hint else ""
-                raise ConfigError(f"calibration: unknown key {key!r}; allowed: {', '.join(known)}.{guess}")
+        check_fields(given, cls, "calibration")
         return cls(**given)
 
 

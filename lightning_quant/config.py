@@ -7,7 +7,7 @@ What a rule means for a given module (precedence, defaults, targets that exist) 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,6 +32,14 @@ class ConfigError(MisconfigurationException):
 
     Several problems of one stage are reported together, one a line.
     """
+
+
+def check_fields(given: Mapping[str, Any], cls: type, place: str) -> None:
+    """Raise a ConfigError for a key of `given` that is no field of the dataclass `cls`."""
+    known = [one.name for one in fields(cls)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{place}: unknown key {key!r}; allowed: {', '.join(known)}.{guess(str(key), known)}")
 
 
 def raise_problems(problems: Sequence[str]) -> None:

@@ -91,9 +91,8 @@ def _hooked(model: nn.Module) -> list[str]:
     found: list[str] = []
     for head, group in prepared_groups(model).values():
         chain = [] if isinstance(group, OperatorGroup) else [*group.ahead, head, *group.members]
-        found += [names[id(m)] for m in chain[:1] if m._forward_pre_hooks] + [
-            names[id(m)] for m in chain[-1:] if m._forward_hooks and id(m) in names
-        ]
+        ends = [m for m in chain[:1] if m._forward_pre_hooks] + [m for m in chain[-1:] if m._forward_hooks]
+        found += [names[id(m)] for m in ends if id(m) in names]  # a function that ends a group has no name
     return list(dict.fromkeys(found))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.calibrate import report
 from lightning_quant.config import ConfigError
 from lightning_quant.folding import channels_of, over_inputs, over_outputs, weight_of
 from lightning_quant.graph import OUTSIDE, Graph, Node
@@ -60,7 +61,7 @@ class Equalization:
             f"factors {pair.least:.3g} to {pair.greatest:.3g}"
             for pair in self.pairs
         ]
-        return "\n".join([*lines, *(f"left as it is: {name}: {reason}" for name, reason in self.left.items())])
+        return report(lines, self.left)
 
 
 @torch.no_grad()

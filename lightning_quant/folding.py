@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_quant.integer import FoldedWeight, one_a_block, storage
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, affine_of
+from lightning_quant.quantizers import wide
 from lightning_quant.weights import WeightQuantizer
 
 
@@ -182,8 +183,7 @@ def fold(layer: Layer) -> FoldedWeight:
     """The layer's weight on the integers that training used, with its norms folded in."""
     quantizer, head = layer.weight, layer.head
     assert quantizer is not None
-    spec, w = quantizer.spec, weight_of(head).detach()
-    w = w if w.dtype == torch.float64 else w.float()
+    spec, w = quantizer.spec, wide(weight_of(head).detach())
     factor = _factor(layer, torch.float64)
     if _commutes(layer, quantizer):
         grid = quantizer.grid(w)  # (1) in fusion.py: the integers are those of the unfolded weight

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import lightning_quant.operators  # noqa: F401  (registers them)
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.operators import along_channels
-from lightning_quant.quantizers import BlockGrid, Grid, SignGrid
+from lightning_quant.quantizers import BlockGrid, Grid, SignGrid, sign, wide
 from lightning_quant.weights import WeightQuantizer
 
 EXACT_FLOAT32 = 2**24
@@ -56,8 +56,7 @@ def storage(spec: TensorSpec) -> torch.dtype:
 
 def integer_tensor(weight: Tensor, quantizer: WeightQuantizer) -> IntegerTensor:
     """A parameter on its grid as training rounded it; any float dtype, any shape."""
-    w, spec = weight.detach(), quantizer.spec
-    w = w if w.dtype == torch.float64 else w.float()
+    w, spec = wide(weight.detach()), quantizer.spec
     grid = quantizer.grid(w)
     q, dtype = quantizer.integers(w, grid), storage(spec)
     zero = grid.zero_point
@@ -108,7 +107,7 @@ class Rounding(nn.Module):
         """Round x to the grid."""
         ops = torch.ops.lightning_quant
         if self.sign:
-            return torch.where(x >= 0, 1.0, -1.0)
+            return sign(x).float()
         if self.grid is None:
             have, want = tuple(self.scale.shape), tuple(x.shape)
             if len(have) != len(want) or any(n not in (1, size) for n, size in zip(have, want, strict=True)):
@@ -146,6 +145,11 @@ class Stamp:
         """As a forward hook of the layer."""
         if isinstance(output, Tensor):
             self.on(output)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x, in float32 if it is of a half type: what is shipped computes in float32, whatever autocast says."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def carrying(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lightning_quant.fusion import Ending
 from lightning_quant.group import KEY, Made, drop_bound_forward, is_group_head, made_class, own_class
-from lightning_quant.integer import Rounding, Stamp, carrying
+from lightning_quant.integer import Rounding, Stamp, carrying, widened
 from lightning_quant.quantizers import ActivationQuantizer, Grid
 from lightning_quant.sites import MADE_HERE, SHARED, Operator, Place, Site, always, name_of, place, with_tensors
 from lightning_quant.targets import tensors_in, with_outputs
@@ -132,8 +132,7 @@ class RoundedOperator(nn.Module):
         device = next((tensor.device.type for tensor in tensors), "cpu")
         if torch.is_autocast_enabled(device):  # validation must compute what is shipped, in float32
             with torch.autocast(device, enabled=False):
-                wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
-                args, kwargs = with_tensors((args, kwargs), wide)
+                args, kwargs = with_tensors((args, kwargs), list(map(widened, tensors)))
                 return self.run(func, args, kwargs)
         for position, act in zip(self.positions, self.rounds_in, strict=True):
             if position < len(tensors) and tensors[position].is_floating_point():
@@ -244,11 +243,20 @@ class Sites:
 
     def add(self, site: Site, act: Any) -> None:
         """Have `act` called at `site`."""
-        self.acts[site.op, site.place, site.repeat] = act
-        self.ops.add(site.op)
-        if isinstance(act, End):
-            self.ends.setdefault(site.op, []).append(act)
+        self._put((site.op, site.place, site.repeat), act)
         self._look(site)
+
+    def exchange(self, new: Callable[[Any], Any]) -> None:
+        """Have what `new` makes of an act happen in its place."""
+        self.ends = {}
+        for key, act in list(self.acts.items()):
+            self._put(key, new(act))
+
+    def _put(self, key: tuple[str, Place, int], act: Any) -> None:
+        self.acts[key] = act
+        self.ops.add(key[0])
+        if isinstance(act, End | Done):
+            self.ends.setdefault(key[0], []).append(act)
 
     def leave(self, site: Site) -> None:
         """Note that a recorded operator stays as it is, unless it is planned."""
@@ -412,19 +420,16 @@ def deploy_sites(owner: nn.Module) -> None:
     code = getattr(own_class(owner).forward, "__code__", None)
     walks = code is not None and {"children", "named_children", "modules", "named_modules", "_modules"} & set(code.co_names)
     iterates = bool(walks) or isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict)  # it would call what it finds
-    for key, act in sites.acts.items():
-        if isinstance(act, Head):
-            layer, child = act.group.deploy(owner), act.group.name.rpartition(".")[2]
-            if iterates:
-                sites.acts[key] = Deployed(layer)
-                continue
-            while hasattr(owner, child):
-                child += "_"
-            owner.add_module(child, layer)
-            sites.acts[key] = Deployed(child)
-        elif isinstance(act, End):
-            sites.acts[key] = Done(act.group.stamp, act.group.loose)
-    sites.ends = {}
-    for (op, *_), act in sites.acts.items():
-        if isinstance(act, Done):
-            sites.ends.setdefault(op, []).append(act)
+
+    def deployed(act: Any) -> Any:
+        if isinstance(act, End):
+            return Done(act.group.stamp, act.group.loose)
+        layer, child = act.group.deploy(owner), act.group.name.rpartition(".")[2]
+        if iterates:
+            return Deployed(layer)
+        while hasattr(owner, child):
+            child += "_"
+        owner.add_module(child, layer)
+        return Deployed(child)
+
+    sites.exchange(deployed)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, Grid, SignGrid, affine_range, float32
+from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, SignGrid, affine_range, float32, sign, wide
 
 
 class _LearnedGrid(torch.autograd.Function):
@@ -57,12 +57,6 @@ class LearnedActivation(ActivationQuantizer):
         self.absorbs = self.rectified and self.floor == 0.0 and math.isinf(self.cap)
         self.zero_point = self.spec.qmin
         self.started = False
-        self.scale = nn.Parameter(torch.ones(()))
-
-    @property
-    def learned(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by name."""
-        return {"scale": self.scale}
 
     @property
     def ready(self) -> bool:
@@ -96,19 +90,11 @@ class LearnedActivation(ActivationQuantizer):
         return (self.spec.qmax + self.spec.qmin + 1) // 2
 
     def _step(self) -> float:
-        with torch.no_grad():  # a step of the optimizer may have gone past zero
-            self.scale.clamp_(min=MIN_SCALE)
-        return float32(float(self.scale.detach()))
+        """The scale now, positive: a step of the optimizer may have gone past zero."""
+        raise NotImplementedError
 
-    def grid(self) -> Grid:
-        """The learned grid as host numbers."""
-        spec, zero, scale = self.spec, self.zero_point, self._step()
-        low, high = spec.qmin, spec.qmax
-        if self.rectified and not self.absorbs:
-            low = max(low, zero + round(self.floor / scale))
-            high = min(high, zero + round(self.cap / scale)) if math.isfinite(self.cap) else high
-        low = max(low, zero) if self.absorbs else low
-        return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+    def _numbers(self) -> tuple[float, int]:
+        return self._step(), self.zero_point
 
     def __call__(self, x: Tensor) -> Tensor:
         """x on the grid, same shape and dtype, with gradients to x and to what is learned."""
@@ -117,17 +103,12 @@ class LearnedActivation(ActivationQuantizer):
                 parameter.data = parameter.data.to(x.device)
         if self.rectified and not self.absorbs:
             x = F.hardtanh(x, self.floor, self.cap)
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         self._step()
-        y = self._rounded(wide)
+        y = self._rounded(wide(x))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
-        features = x.numel() / max(x.shape[0], 1) if x.dim() else 1
-        factor = 1 / math.sqrt(max(features, 1) * high)
-        y: Tensor = _LearnedGrid.apply(x, self.scale, None, low, high, factor)
-        return y
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """The learned numbers and the zero point; None before the first batch."""
@@ -157,14 +138,38 @@ class LsqActivation(LearnedActivation):
     unsigned (Qn = 0), else symmetric about zero.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The scale."""
+        return {"scale": self.scale}
+
     def _start(self, x: Tensor) -> None:
         self.zero_point = self._middle() if self._signed(x) else self.spec.qmin
         positive = self.spec.qmax - self.zero_point
         size = float(x.abs().mean())
         self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
 
+    def _step(self) -> float:
+        with torch.no_grad():
+            self.scale.clamp_(min=MIN_SCALE)
+        return float32(float(self.scale.detach()))
 
-class LsqPlusActivation(LearnedActivation):
+    def _rounded(self, x: Tensor) -> Tensor:
+        return self._on_grid(x, None, self.spec.qmax - self.zero_point)
+
+    def _on_grid(self, x: Tensor, offset: Tensor | None, levels: int) -> Tensor:
+        """`levels`: what the gradients of scale and offset are tempered by, with the number of features."""
+        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
+        features = x.numel() / max(x.shape[0], 1) if x.dim() else 1
+        y: Tensor = _LearnedGrid.apply(x, self.scale, offset, low, high, 1 / math.sqrt(max(features, 1) * levels))
+        return y
+
+
+class LsqPlusActivation(LsqActivation):
     """LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576): scale and offset learned, from the first batch's least and greatest value.
 
     The offset is the value of level 0, beta; the zero point is round(-beta / s), clamped to the grid, so that 0 stays a level:
@@ -179,7 +184,7 @@ class LsqPlusActivation(LearnedActivation):
     @property
     def learned(self) -> dict[str, nn.Parameter]:
         """Scale, and the offset where it moves."""
-        return {"scale": self.scale, "offset": self.offset} if self.moves else {"scale": self.scale}
+        return {**super().learned, "offset": self.offset} if self.moves else super().learned
 
     def _start(self, x: Tensor) -> None:
         scale, self.zero_point = affine_range(float(x.amin()), float(x.amax()), self.spec)
@@ -194,11 +199,7 @@ class LsqPlusActivation(LearnedActivation):
         return scale
 
     def _rounded(self, x: Tensor) -> Tensor:
-        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
-        features = x.numel() / max(x.shape[0], 1) if x.dim() else 1
-        factor = 1 / math.sqrt(max(features, 1) * (self.spec.qmax - self.spec.qmin))
-        y: Tensor = _LearnedGrid.apply(x, self.scale, self.offset if self.moves else None, low, high, factor)
-        return y
+        return self._on_grid(x, self.offset if self.moves else None, self.spec.qmax - self.spec.qmin)
 
 
 class _Clipped(torch.autograd.Function):
@@ -275,7 +276,7 @@ class _SignClipped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return sign(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError, TensorSpec
-from lightning_quant.quantizers import MIN_SCALE, block_mean, spread
+from lightning_quant.quantizers import MIN_SCALE, block_mean, sign, spread, wide
 from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer, quantize_weight, round_weight
 
 
@@ -76,12 +76,12 @@ class LsqWeight(WeightQuantizer):
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The weight on its learned grid."""
         assert fold is None and channel is None, self.name
-        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        data = wide(weight)
         if self.scale.device != weight.device:  # the model has moved
             self.scale.data = self.scale.data.to(weight.device)
-        scale = spread(self._positive(), weight.shape).to(wide.dtype)
+        scale = spread(self._positive(), weight.shape).to(data.dtype)
         factor = 1 / math.sqrt(self.count * self.spec.qmax)
-        y: Tensor = _LearnedRound.apply(wide, scale, self.spec.qmin, self.spec.qmax, factor)
+        y: Tensor = _LearnedRound.apply(data, scale, self.spec.qmin, self.spec.qmax, factor)
         return y.to(weight.dtype)
 
 
@@ -126,8 +126,8 @@ class DorefaWeight(WeightQuantizer):
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The squashed weight, rounded."""
         assert fold is None and channel is None, self.name
-        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
-        y: Tensor = round_weight(self._squashed(wide), self.grid(wide).scale)
+        data = wide(weight)
+        y: Tensor = round_weight(self._squashed(data), self.grid(data).scale)
         return y.to(weight.dtype)
 
 
@@ -148,7 +148,7 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return sign(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class BinaryWeight(WeightQuantizer):
 
     def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:  # noqa: ARG002
         """-1 and 1."""
-        return torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
+        return sign(weight)
 
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The sign."""
@@ -231,14 +231,14 @@ class FixedRounding(WeightQuantizer):
 
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:  # noqa: ARG002
         """The weight on its integers, same shape and dtype, with gradient."""
-        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        data = wide(weight)
         with torch.no_grad():
-            folded = wide if fold is None else wide * fold
+            folded = data if fold is None else data * fold
             grid, q = self.grid(folded), self._checked(folded)
             value = (q if grid.zero_point is None else q - grid.zero_point) * grid.scale
             if fold is not None:
-                value = torch.where(fold == 0, wide, value / fold)  # a dead channel: whatever it holds is multiplied by 0
-        y: Tensor = _Exchanged.apply(wide, value)
+                value = torch.where(fold == 0, data, value / fold)  # a dead channel: whatever it holds is multiplied by 0
+        y: Tensor = _Exchanged.apply(data, value)
         return y.to(weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:

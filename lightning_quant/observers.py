@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_quant.config import TensorSpec
 from lightning_quant.keys import kind_of_observer, percent_of
-from lightning_quant.quantizers import ActivationQuantizer, Grid
+from lightning_quant.quantizers import ActivationQuantizer, Grid, wide
 
 BINS = 4096  # 2049 to 4096 of them lie between the least and the greatest value
 _SMALLEST = -126  # 2^-126 is the smallest normal float32
@@ -365,7 +365,7 @@ class HistogramQuantizer(ActivationQuantizer):
         x = x.detach()
         if x.numel() == 0:
             return
-        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        x = wide(x)
         low, high = float(x.amin()), float(x.amax())
         if not (math.isfinite(low) and math.isfinite(high)):
             self._warn()

@@ -368,14 +368,14 @@ def take_from_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> N
 
 def _group_for(name: str, modules: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> dict[str, Any] | None:
     """The parameter group that a learned number joins: that of its layer, else of what is around it, else the first."""
-    layer, _, kind = name.rpartition("._" if "._" in name else ".")
+    layer = name
     while True:
         parameters = {id(parameter) for parameter in modules[layer].parameters()} if layer in modules else set()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 if any(id(parameter) in parameters for parameter in group["params"]):
                     even = [g for g in optimizer.param_groups if g.get("lr") == group.get("lr") and not g.get("weight_decay")]
-                    return even[0] if even and not kind.endswith("alpha") else group
+                    return even[0] if even and not name.endswith(".alpha") else group
         if not layer:
             return next((group for optimizer in optimizers for group in optimizer.param_groups), None)
         layer = layer.rpartition(".")[0]

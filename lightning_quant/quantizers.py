@@ -91,6 +91,16 @@ def block_range(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return split.amin(dims), split.amax(dims)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or float64: range and grid arithmetic is never narrower."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def sign(x: Tensor) -> Tensor:
+    """1 where x is 0 or above, else -1; same shape and dtype."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
 def block_mean(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """The mean of each block, as `block_range` has its ends."""
     sizes = [size if block == -1 else block for block, size in zip(kernel, x.shape, strict=True)]
@@ -255,15 +265,18 @@ class ActivationQuantizer:
 
     def grid(self) -> Grid | BlockGrid | SignGrid:
         """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
-        assert self.low is not None and self.high is not None, self.name
-        spec = self.spec
-        scale, zero = affine_range(float(self.low), float(self.high), spec)
+        spec, (scale, zero) = self.spec, self._numbers()
         low, high = spec.qmin, spec.qmax
         if self.rectified:
             low = max(low, zero + round(self.floor / scale))
             if math.isfinite(self.cap):
                 high = min(high, zero + round(self.cap / scale))
         return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+
+    def _numbers(self) -> tuple[float, int]:
+        """(scale, zero point) of the range."""
+        assert self.low is not None and self.high is not None, self.name
+        return affine_range(float(self.low), float(self.high), self.spec)
 
     def clipped_share(self, x: Tensor) -> float:
         """The share of x's values, in [0, 1], whose integer lies outside [qmin, qmax] before the clamp.
@@ -272,7 +285,7 @@ class ActivationQuantizer:
         values above the upper end count. Waits for an accelerator.
         """
         x, grid = x.detach(), self.grid()
-        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        x = wide(x)
         x = x.clamp(self.floor, self.cap) if self.rectified else x
         if isinstance(grid, SignGrid):  # where the gradient of a sign stops
             return float((x.abs() > 1).count_nonzero()) / x.numel()
@@ -283,8 +296,7 @@ class ActivationQuantizer:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""
         if self.rectified and not self.absorbs:
             x = F.hardtanh(x, self.floor, self.cap)  # not x.clamp: its gradient at 0 is 1
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        y = self._on_host(wide) if x.device.type == "cpu" else self._on_device(wide)
+        y = self._on_host(wide(x)) if x.device.type == "cpu" else self._on_device(wide(x))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _on_host(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -304,17 +304,25 @@ def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = No
     Raises:
         Exception: whatever the forward raises.
     """
-    graph, _ = _recorded(model, example_input, entry or model, frozenset())
-    shared = shared_activations(model, graph)
+    return calls_apart(model, lambda shared: _recorded(model, example_input, entry or model, shared))
+
+
+def calls_apart(model: nn.Module, run: Callable[[frozenset[str]], tuple[Graph, set[str]]]) -> Graph:
+    """The graph in which the calls of shared activations count one by one.
+
+    `run`: makes a graph, given the names of such modules; with it, those among them whose calls nothing can find again.
+    """
+    graph, _ = run(frozenset())
+    shared = _shared_activations(model, graph)
     while shared:
-        apart, lost = _recorded(model, example_input, entry or model, shared)
+        apart, lost = run(shared)
         if not lost:
             return apart
         shared -= lost
     return graph
 
 
-def shared_activations(model: nn.Module, graph: Graph) -> frozenset[str]:
+def _shared_activations(model: nn.Module, graph: Graph) -> frozenset[str]:
     """The names of activations that are called on what several others made: `self.relu` of a residual block.
 
     Each call of one is then what the same function would be, called there: fused with the layer before it, rounded on a range

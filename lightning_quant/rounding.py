@@ -22,6 +22,7 @@ from lightning_quant.calibrate import (
     evaluating,
     groups_of,
     progress,
+    report,
     run_all,
     tapped,
     weighted_groups,
@@ -32,6 +33,7 @@ from lightning_quant.fusion import FusedGroup, own_forward
 from lightning_quant.group import hidden
 from lightning_quant.methods import FixedRounding, LsqWeight
 from lightning_quant.prepare import drop_deployed_layers
+from lightning_quant.quantizers import wide
 from lightning_quant.weights import WeightQuantizer, quantize_weight
 from lightning_quant.wrapped import ModuleGroup
 
@@ -64,7 +66,7 @@ class LearnedRounding:
             f"{name}: error {one.nearest:.3g} -> {one.learned:.3g}, {one.turned:.1%} of values turned"
             for name, one in self.layers.items()
         ]
-        return "\n".join([*lines, *(f"left as it is: {name}: {reason}" for name, reason in self.left.items())])
+        return report(lines, self.left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,7 @@ class _Learner:
     def __init__(self, head: nn.Module, group: FusedGroup, before: WeightQuantizer, pairs: Data) -> None:
         self.head, self.group, self.before = head, group, before
         weight = weight_of(head).detach()
-        self.weight = weight if weight.dtype == torch.float64 else weight.float()
+        self.weight = wide(weight)
         self.factor = grid_factor(group.layer(head))
         self.folded = self.weight if self.factor is None else self.weight * self.factor
         self.grid = before.grid(self.folded)

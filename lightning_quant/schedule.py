@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightning_quant.config import ConfigError, closest
+from lightning_quant.config import ConfigError, check_fields
 
 Moment = int | float | str | None
 WITH_WEIGHTS = "with weights"
@@ -131,12 +131,7 @@ class Schedule:
             return given or cls()
         if not isinstance(given, Mapping):
             raise ConfigError(f"schedule: expected a Schedule, a dict of its fields or None, got {given!r}.")
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                hint = closest(str(key), known, 1)
-                guess = f" Did you mean {hint[0]!r}?" if hint else ""
-                raise ConfigError(f"schedule: unknown key {key!r}; allowed: {', '.join(known)}.{guess}")
+        check_fields(given, cls, "schedule")
         return cls(**given)
 
     @property

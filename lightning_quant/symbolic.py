@@ -27,7 +27,7 @@ from lightning_quant.graph import (
     module_passes,
 )
 from lightning_quant.keys import INPUT, OUTPUT
-from lightning_quant.record import is_leaf, shared_activations, undisturbed
+from lightning_quant.record import calls_apart, is_leaf, undisturbed
 from lightning_quant.sites import MODULE_CALL, Operators, Place, Site, name_of, place, plain_name
 from lightning_quant.targets import Arguments, outputs_of
 
@@ -240,19 +240,17 @@ def _parameters(call: Any) -> list[str]:
 
 def trace(model: nn.Module) -> Graph | str:
     """The graph of `model` in eval mode without shapes, or why it cannot be traced. The model is left as it was."""
-    graph, _ = _traced(model, frozenset())
-    if isinstance(graph, str):
-        return graph
-    shared = shared_activations(model, graph)
-    while shared:
-        apart, lost = _traced(model, shared)
-        if not lost:
-            return apart
-        shared -= lost
-    return graph
+    try:
+        return calls_apart(model, lambda shared: _traced(model, shared))
+    except _UntraceableError as reason:
+        return str(reason)
 
 
-def _traced(model: nn.Module, shared: frozenset[str]) -> tuple[Graph | str, set[str]]:
+class _UntraceableError(Exception):
+    """Why a forward cannot be traced."""
+
+
+def _traced(model: nn.Module, shared: frozenset[str]) -> tuple[Graph, set[str]]:
     """(the graph, the `shared` modules that cannot count as functions after all), as record.py has it."""
     tracer = _Tracer(model, shared)
     parameters = list(inspect.signature(model.forward).parameters.values())
@@ -260,8 +258,8 @@ def _traced(model: nn.Module, shared: frozenset[str]) -> tuple[Graph | str, set[
     with undisturbed(model):
         try:
             traced = tracer.trace(model, concrete_args=defaults or None)
-        except Exception as error:  # noqa: BLE001  (whatever the user's forward does with a stand-in)
-            return f"symbolic tracing failed: {error}".partition("\n")[0], set()
+        except Exception as error:
+            raise _UntraceableError(f"symbolic tracing failed: {error}".partition("\n")[0]) from error
     outputs: list[int] = []
     for node in traced.find_nodes(op="output"):
         outputs += [tracer.index[one] for one in node.all_input_nodes if one in tracer.index]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.quantizers import block_mean, block_range, spread
+from lightning_quant.quantizers import block_mean, block_range, spread, wide
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,7 @@ class MseWeight(WeightQuantizer):
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The weight on the narrowed grid."""
         with torch.no_grad():
-            data = weight.detach()
-            data = data if data.dtype == torch.float64 else data.float()
+            data = wide(weight.detach())
             ratio = self._ratio(data if fold is None else data * fold)
         if self.ratio is None and self.training:
             self.ratio = ratio

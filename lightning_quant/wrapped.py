@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.group import KEY, Group, Member, hidden, leave, own_class
-from lightning_quant.integer import Rounding, carrying, integer_tensor
+from lightning_quant.integer import Rounding, carrying, integer_tensor, widened
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
 from lightning_quant.weights import WeightQuantizer
@@ -205,7 +205,7 @@ class QuantizedModule(nn.Module):
         device = next((value.device.type for value in tensors_in((args, kwargs))), "cpu")
         if torch.is_autocast_enabled(device):  # validation must compute what is shipped, in float32
             with torch.autocast(device, enabled=False):
-                return self.forward(*on_tensors(_widened, args), **on_tensors(_widened, kwargs))
+                return self.forward(*on_tensors(widened, args), **on_tensors(widened, kwargs))
         head: nn.Module | None = self.__dict__.get("_forward_of")
         if head is not None:
             module, forward = head, _own_forward(head)
@@ -232,7 +232,3 @@ class QuantizedModule(nn.Module):
         """The module's type, and which tensors are integers."""
         stored = [f"{name}: {str(getattr(self, keys[0]).dtype).removeprefix('torch.')}" for name, keys in self.stored.items()]
         return ", ".join([self.type_name, *stored, "float arithmetic"])
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
