@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_quant.calibrate import calibrate, correct_biases
+from lightning_quant.calibrate import Call, calibrate, correct_biases
 from lightning_quant.capture import find_calls
 from lightning_quant.config import ConfigError, check_fields
 from lightning_quant.equalize import equalize_model
@@ -68,51 +68,53 @@ def trains(trainer: pl.Trainer) -> bool:
     return 0 not in (trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
 
 
-def before_preparing(calibration: Calibration, model: nn.Module, example: Any, *, verbose: int) -> None:
-    """Equalize the float model, if that is asked for.
+def gathered(
+    calibration: Calibration, trainer: pl.Trainer, pl_module: pl.LightningModule, entry: nn.Module, example: Any
+) -> list[Call]:
+    """The calls of `entry` that are calibrated with, none if nothing is; changes nothing.
+
+    `entry`: the module that was recorded on `example`, None if it could not be.
 
     Raises:
-        ConfigError: if no forward could be recorded.
+        ConfigError: if the training data cannot be had, integers would be learned that training moves, or there is nothing to
+            equalize by.
     """
-    if not calibration.equalize:
-        return
-    if example is None:
-        raise ConfigError("calibration: equalize needs a recorded forward; give example_input.")
-    found = equalize_model(model, example_input=example)
-    if verbose:
-        rank_zero_info(f"calibration: equalized\n{found}")
-
-
-def after_preparing(
-    calibration: Calibration, trainer: pl.Trainer, pl_module: pl.LightningModule, entry: nn.Module, *, verbose: int
-) -> bool:
-    """Find the ranges of a prepared model, and what else is asked for; whether it is calibrated now.
-
-    `entry`: the module whose calls are calibrated, the one that was recorded.
-
-    Raises:
-        ConfigError: if the training data cannot be had, or integers would be learned that training moves.
-    """
-    training = trains(trainer)
-    batches = calibration.batches if calibration.batches is not None else (0 if training else BATCHES)
+    training, number = trains(trainer), calibration.batches
     corrects = calibration.correct_biases or calibration.learn_rounding
     if training and calibration.learn_rounding:
         raise ConfigError(
             "calibration: learn_rounding fixes the integers of the weights, which training would move; use it with "
             "Trainer(max_epochs=0)."
         )
-    if batches == 0 and corrects:
-        batches = BATCHES
-    if batches == 0:
+    if calibration.equalize and example is None:
+        raise ConfigError("calibration: equalize needs a recorded forward; give example_input.")
+    if number is None:
+        number = BATCHES if corrects or not training else 0
+    if not number:
+        return []
+    calls = find_calls(trainer, pl_module, entry, number)
+    if not isinstance(calls, str):
+        return calls
+    if calibration.batches is None and not corrects:
+        return []  # nobody asked for it
+    raise ConfigError(f"calibration: no batch of the training data is to be had: {calls}.")
+
+
+def equalized(calibration: Calibration, model: nn.Module, example: Any, *, verbose: int) -> None:
+    """Equalize the float model, if that is asked for."""
+    if calibration.equalize:
+        found = equalize_model(model, example_input=example)
+        if verbose:
+            rank_zero_info(f"calibration: equalized\n{found}")
+
+
+def calibrated(calibration: Calibration, model: nn.Module, calls: list[Call], *, verbose: int) -> bool:
+    """Find the ranges of a prepared model, and what else is asked for; whether it is calibrated now."""
+    if not calls:
         return False
-    calls = find_calls(trainer, pl_module, entry, batches)
-    if isinstance(calls, str) and calibration.batches is None and not corrects:
-        return False  # nobody asked for it
-    if isinstance(calls, str):
-        raise ConfigError(f"calibration: no batch of the training data is to be had: {calls}.")
-    calibrate(entry, calls)
-    reports = [correct_biases(entry, calls)] if calibration.correct_biases else []
-    reports += [learn_rounding(entry, calls)] if calibration.learn_rounding else []  # type: ignore[list-item]
+    calibrate(model, calls)
+    reports: list[Any] = [correct_biases(model, calls)] if calibration.correct_biases else []
+    reports += [learn_rounding(model, calls)] if calibration.learn_rounding else []
     if verbose:
         said = "".join(f"\n{report}" for report in reports)
         rank_zero_info(f"calibration: ranges found with {len(calls)} batches{said}")

@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
-from lightning_quant.calibration import Calibration, after_preparing, before_preparing, trains
+from lightning_quant.calibration import Calibration, calibrated, equalized, gathered, trains
 from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
 from lightning_quant.export import ParityError, export_model, export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
-from lightning_quant.monitor import Ranges, begin_count, drift, end_count, ranges_of
+from lightning_quant.monitor import Ranges, begin_count, checked_interval, drift, end_count, ranges_of
 from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
@@ -131,26 +132,21 @@ class QuantFusionCallback(Callback):
         parse_settings(self.settings)
         if source not in ("best", "last"):
             raise ConfigError(f"source: {source!r} is not one of best, last.")
-        if not isinstance(log_every_n_steps, int | None) or isinstance(log_every_n_steps, bool) or (log_every_n_steps or 0) < 0:
-            raise ConfigError(
-                f"log_every_n_steps: expected a number of steps, or None or 0 for never, got {log_every_n_steps!r}."
-            )
         self.schedule, self.calibration = Schedule.make(schedule), Calibration.make(calibration)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
         self.plan: Plan | None = None
         self.deployed_model: nn.Module | None = None
         self._module: pl.LightningModule | None = None
-        self.log_every_n_steps = log_every_n_steps or 0
+        self.log_every_n_steps = checked_interval(log_every_n_steps)
         self._phase, self._layers = _FLOAT, 0  # how many layers are in this phase, the first ones in the order of the data
         self._logged: Ranges = {}  # the ranges when metrics were last logged
         self._begun: int | None = None  # the optimizer step whose values are being counted
         self._total_steps = math.inf
-        self._told = False
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._pending: dict[str, Any] | None = None
         self._example: Any = None
-        self._entry = ""
+        self._told, self._entry = False, ""
 
     # -- attach -------------------------------------------------------------------------------------------------------
 
@@ -186,17 +182,19 @@ class QuantFusionCallback(Callback):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
         self.plan, self.deployed_model = self._make_plan(trainer, pl_module), None
+        entry = pl_module.get_submodule(self._entry)
+        gather = partial(gathered, self.calibration, trainer, pl_module, entry, self._example)
+        calls = gather() if state is None else []
         if state is None:
-            before_preparing(self.calibration, pl_module.get_submodule(self._entry), self._example, verbose=self.verbose)
+            equalized(self.calibration, entry, self._example, verbose=self.verbose)
         prepare_model(pl_module, self.plan)
         if state is not None and again and not fits(pl_module, state["quantizers"]):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
-            state = None
+            state, calls = None, gather()
         if state is None:
             self._run, self._logged = uuid.uuid4().hex, {}
             self._set_phase(pl_module, _FLOAT)
-            entry = pl_module.get_submodule(self._entry)
-            if after_preparing(self.calibration, trainer, pl_module, entry, verbose=self.verbose) and not trains(trainer):
+            if calibrated(self.calibration, entry, calls, verbose=self.verbose) and not trains(trainer):
                 self._set_phase(pl_module, Phase(observe=False))
         else:
             self._load(pl_module, state)

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric
 
+from lightning_quant.config import ConfigError
 from lightning_quant.quantizers import ActivationQuantizer, Grid
 
 Ranges = dict[str, Tensor]  # by target name: float64, least values in row 0, greatest in row 1
+
+
+def checked_interval(steps: int | None) -> int:
+    """How many steps there are between measurements, 0 for never; a ConfigError if it is no such number."""
+    if not isinstance(steps, int | None) or isinstance(steps, bool) or (steps or 0) < 0:
+        raise ConfigError(f"log_every_n_steps: expected a number of steps, or None or 0 for never, got {steps!r}.")
+    return steps or 0
 
 
 def begin_count(quantizers: Iterable[ActivationQuantizer]) -> None:

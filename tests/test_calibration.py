@@ -225,10 +225,11 @@ def test_what_calibration_cannot_be(given: Any, message: str) -> None:
 
 
 def test_integers_are_not_learned_before_training(quiet_trainer: TrainerMaker) -> None:
-    model, callback = lit(), QuantFusionCallback(LAYERS, calibration={"learn_rounding": True}, verbose=0)
+    model, callback = lit(), QuantFusionCallback(LAYERS, calibration={"equalize": True, "learn_rounding": True}, verbose=0)
     with pytest.raises(ConfigError, match="learn_rounding fixes the integers of the weights, which training would move"):
         quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
     assert not prepared_groups(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), lit().state_dict().values(), strict=True))
 
 
 def test_data_that_cannot_be_had(quiet_trainer: TrainerMaker) -> None:

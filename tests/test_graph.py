@@ -12,23 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
+from toys import Calls
 
 from lightning_quant.graph import OUTSIDE, Graph
 from lightning_quant.record import moved, record, split_example
 from lightning_quant.targets import tensors_in
-
-
-class Calls(nn.Module):
-    """Runs one function on the positional arguments; `layers` are its submodules."""
-
-    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, *args, **kwargs)
 
 
 def rows(graph: Graph) -> list[tuple[str, str, tuple[int, ...]]]:

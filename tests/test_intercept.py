@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
-from toys import Lit, loader
+from toys import Calls, Lit, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model, restore_model
 from lightning_quant.layers import Plan
@@ -31,19 +31,6 @@ from lightning_quant.sites import name_of, place
 from lightning_quant.symbolic import trace
 
 EVERYTHING = {"op_names_re": [".*"]}
-
-
-class Calls(nn.Module):
-    """A module with a forward of the test's."""
-
-    def __init__(self, function: Callable[..., Any], **children: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(self, *args)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -141,6 +141,16 @@ def test_lsq_plus_of_an_activation(offset: float) -> None:
     assert quantizer.offset.grad.item() == pytest.approx(by_offset, rel=1e-5)
 
 
+def test_lsq_plus_deploys_the_zero_point_that_the_last_step_left() -> None:
+    quantizer = LsqPlusActivation(spec("uint8", "lsq+"), "x")
+    quantizer.observe(torch.tensor([[-1.0, 0.5, 4.1]]))
+    with torch.no_grad():
+        quantizer.offset.fill_(-2.0)
+    grid = quantizer.grid()
+    assert isinstance(grid, Grid)
+    assert grid.zero_point == round(2.0 / (5.1 / 255))
+
+
 def test_lsq_plus_starts_from_the_ends_of_the_first_batch() -> None:
     quantizer = LsqPlusActivation(spec("uint8", "lsq+"), "x")
     quantizer.observe(torch.tensor([[-1.0, 0.5, 4.1]]))

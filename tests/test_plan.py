@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from toys import fingerprint
+from toys import Calls, fingerprint
 
 from lightning_quant.config import ConfigError
 from lightning_quant.layers import LayerPlan, Plan
@@ -55,19 +55,6 @@ UNSEEN = (
     "no recorded forward (no example_input was given, and symbolic tracing failed: symbolically traced variables cannot be used "
     "as inputs to control flow)"
 )
-
-
-class Calls(nn.Module):
-    """Runs one function on the positional arguments; `layers` are its submodules."""
-
-    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self, *args)
 
 
 IMAGE, ROW = torch.ones(1, 3, 8, 8), torch.ones(2, 4)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ class Net(nn.Module):
         x = self.pool(self.relu2(self.bn2(self.conv2(x))))
         out: Tensor = self.fc(x.flatten(1))
         return out
+
+
+class Calls(nn.Module):
+    """Runs one function on itself and its arguments; `layers` are its submodules."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
 
 
 class Lit(LightningModule):
