@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
 from lightning_quant.folding import Layer, channel_float, channel_weight, fold, folded_float, rounded_weight
-from lightning_quant.group import KEY, Group, Member, Strays, hidden, join
+from lightning_quant.group import Group, Member, Strays, hidden, join
 from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
@@ -113,7 +113,7 @@ class Ending(Group):
 
     def hand_on(self, y: Tensor, to: int, integer: bool) -> Tensor:
         """What a member made, on its way to the next one, `members[to]`. `integer`: the deployed layer's result."""
-        if to < len(self.members) and not self.again:
+        if not torch.compiler.is_compiling() and to < len(self.members) and not self.again:
             for key in [key for key, passing in self.under_way.items() if passing.tensor() is None]:
                 self.count(True, training=self.under_way.pop(key).training)
             self.under_way[id(y)] = _Passing(weakref.ref(y), _version(y), to, integer, self.training)
@@ -130,7 +130,7 @@ class Ending(Group):
         The forward may take another branch than the recorded one and bring a member something else, or change it on the way: in
         training a member does its own part anyway, but what is foreign moves no range, and `convert_model` refuses.
         """
-        if self.again:
+        if self.again or torch.compiler.is_compiling():
             return "member"
         genuine = self.expects(to, x) and self.under_way[id(x)].version == _version(x)
         self.count(not genuine)
@@ -260,18 +260,14 @@ class _Head(Member):
 
     _made_begins = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
-        group: FusedGroup | None = self.__dict__.get(KEY)
-        if group is None:
-            return super().forward(input, *rest, **named)  # type: ignore[no-any-return]
+    def _made_run(self, group: FusedGroup, input: Tensor, *rest: Any, **named: Any) -> Tensor:
         behind = group.norm_before is not None
         if group.arrive(HEAD, input) == "integer" if behind else group.begin(self, [input]):
             deployed: Tensor = group.deployed_now(self)(input, *rest, **named)
             return group.hand_on(deployed, 0, True)
         x = input if behind else group.round_input(input)
         with hidden(self, group.rounded_parameters(self) if group.rounds_parameters else {}):
-            y: Tensor = super().forward(x, *rest, **named)
+            y: Tensor = self._made_own(x, *rest, **named)
         rounded = group.finish(self, y)
         return group.hand_on(y if rounded is None else rounded, 0, False)
 
@@ -281,15 +277,11 @@ class _NormHead(Member):
 
     _made_begins = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, input: Tensor) -> Tensor:
-        group: FusedGroup | None = self.__dict__.get(KEY)
-        if group is None:
-            return super().forward(input)  # type: ignore[no-any-return]
+    def _made_run(self, group: FusedGroup, input: Tensor) -> Tensor:
         if group.begin(self, [input]):
             deployed: Tensor = group.deployed_now(self)(input)
             return group.hand_on(deployed, 0, True)
-        y = _batch_norm(self, super().forward, group.round_input(input), group)
+        y = _batch_norm(self, self._made_own, group.round_input(input), group)
         rounded = group.finish(self, y)
         return group.hand_on(y if rounded is None else rounded, 0, False)
 
@@ -297,29 +289,21 @@ class _NormHead(Member):
 class _NormBefore(Member):
     """The batch norm before a group's weighted layer: it takes the group's input."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, input: Tensor) -> Tensor:
-        group: FusedGroup | None = self.__dict__.get(KEY)
-        if group is None:
-            return super().forward(input)  # type: ignore[no-any-return]
+    def _made_run(self, group: FusedGroup, input: Tensor) -> Tensor:
         assert group.head is not None
         if group.begin(group.head, [input]):
             return group.hand_on(input.view_as(input), HEAD, True)  # an object of its own: others may hold the input
-        return group.hand_on(_batch_norm(self, super().forward, group.round_input(input), group), HEAD, False)
+        return group.hand_on(_batch_norm(self, self._made_own, group.round_input(input), group), HEAD, False)
 
 
 class _NormMember(Member):
     """The norm behind a group's head."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, input: Tensor) -> Tensor:
-        group: FusedGroup | None = self.__dict__.get(KEY)
-        if group is None:
-            return super().forward(input)  # type: ignore[no-any-return]
+    def _made_run(self, group: FusedGroup, input: Tensor) -> Tensor:
         arrival = group.arrive(0, input)
         if arrival == "integer":
             return input
-        y = _batch_norm(self, super().forward, input, group)
+        y = _batch_norm(self, self._made_own, input, group)
         if arrival == "foreign":
             return y
         rounded = group.finish(self, y)
@@ -329,18 +313,14 @@ class _NormMember(Member):
 class _ActivationMember(Member):
     """The activation of a group: where the end is rounded, the clamp of the grid does its work."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, input: Tensor) -> Tensor:
-        group: Ending | None = self.__dict__.get(KEY)
-        if group is None:
-            return super().forward(input)  # type: ignore[no-any-return]
+    def _made_run(self, group: Ending, input: Tensor) -> Tensor:
         arrival = group.arrive(len(group.members) - 1, input)
         if arrival == "integer":
             return input
-        rounded = None if arrival == "foreign" else group.finish(self, input, super().forward)
+        rounded = None if arrival == "foreign" else group.finish(self, input, self._made_own)
         if rounded is not None:
             return rounded
-        y: Tensor = super().forward(input)
+        y: Tensor = self._made_own(input)
         return y
 
 

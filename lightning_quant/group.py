@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.schedule import Phase
@@ -118,7 +119,7 @@ class Group:
 
     def read(self, key: Any) -> None:
         """Count that an input was read whose range may be another layer's, in this pass."""
-        if key in self.shares and not self.again:
+        if not torch.compiler.is_compiling() and key in self.shares and not self.again:
             self.shares[key].read(training=self.training)
 
     @property
@@ -136,12 +137,19 @@ class Group:
         """Whether this pass rounds parameters: with activations, not before these have ranges; alone, at once."""
         return self.phase.quantize and (self.observing or self.ready or not self.phase.quantize_activations)
 
+    @property
+    def traces(self) -> bool:
+        """Whether torch.compile can follow this layer in training now, and need not leave it to Python."""
+        follows = [*(one.traces for one in self.quantizers), *(one.traces for one in self.parameter_quantizers)]
+        return not self.calibrating and all(follows)
+
     def rounded(self, quantizer: ActivationQuantizer, x: Tensor, *, owned: bool = True, applied: bool = True) -> Tensor:
         """One activation in this pass: its range moves, then it is rounded.
 
         `owned`: this group moves the range; `applied`: the tensor arrives unrounded.
         """
-        quantizer.passes += owned
+        if not torch.compiler.is_compiling():  # compiled code has no counters: each would be compiled anew at every step
+            quantizer.passes += owned
         if self.observing and owned:
             quantizer.observe(x)
         if not (applied and self.phase.quantize_activations and quantizer.ready):
@@ -152,6 +160,10 @@ class Group:
 
     def begin(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         """Decide what this pass is; True if the deployed layer runs."""
+        if torch.compiler.is_compiling():  # compiled is training alone; see `Member`
+            self.again, self.training, self.observing, self.integer_pass = False, True, self.phase.observe, False
+            self.deployed = None
+            return False
         # A forward inside backward is a checkpoint's second one: on the range of the first, which has observed the batch.
         self.again = torch._C._current_graph_task_id() != -1
         self.training = head.training
@@ -257,29 +269,54 @@ def _empty(recipe: Any) -> nn.Module:
 class Member(Made, nn.Module):
     """What all members share: the deployed layer is dropped whenever the numbers behind it may change.
 
-    A member's class is made at run time from its role and its own class: `FusedConv2d(Head, Conv2d)`. torch.compile runs
-    members as they are: ranges are host numbers that change with every batch.
+    A member's class is made at run time from its role and its own class: `FusedConv2d(Head, Conv2d)`. torch.compile follows it in
+    training, with ranges that are tensors. It is left to Python in eval, whose bits are those that ship and no compiler's, and
+    while something needs Python: the first batch of a learned scale, histograms, logging.
     """
 
     _made_prefix = "Fused"
     _made_begins = False  # whether this role is the head of its group
 
-    def _forget(self) -> None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The member's part of its group's work."""
+        group: Group | None = self.__dict__.get(KEY)
+        if group is None:  # a forward made this instance by self.__class__()
+            return super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling() and self.training and group.traces:
+            return self._made_run(group, *args, **kwargs)
+        return self._made_apart(group, *args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _made_apart(self, group: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._made_run(group, *args, **kwargs)
+
+    def _made_run(self, group: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _made_own(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the user's class."""
+        return super().forward(*args, **kwargs)
+
+    def _made_forget(self) -> None:
         if KEY in self.__dict__:  # an instance that a forward made by self.__class__() has no group
             self.__dict__[KEY].deployed = None
 
     def train(self, mode: bool = True) -> Any:
         """As ever."""
-        self._forget()
+        self._made_forget()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._forget()
+        self._made_forget()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
+        self._made_forget()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+# Where the compiler cannot follow a member it calls it, and would compile this frame by itself, for every layer anew.
+skip_code(Member.forward.__code__)
 
 
 def join(group: Group, module: nn.Module, role: type[Member]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, SignGrid, affine_range, float32, sign, wide
+from lightning_quant.quantizers import MIN_SCALE, ActivationQuantizer, SignGrid, affine_range, float32, on_host, sign, wide
 
 
 class _LearnedGrid(torch.autograd.Function):
@@ -26,25 +26,26 @@ class _LearnedGrid(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: float, high: float, factor: float) -> Tensor:
-        s = float(scale.detach()) if x.device.type == "cpu" else scale
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any, factor: float) -> Tensor:
+        s = float(scale.detach()) if on_host(x) else scale
         y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
-        ctx.save_for_backward(x, scale, y)
-        ctx.ends = low, high, factor, offset is not None
+        ctx.save_for_backward(x, scale, y, *(end for end in (low, high) if isinstance(end, Tensor)))
+        ctx.ends = (low, high) if not isinstance(low, Tensor) else None
+        ctx.factor, ctx.offset = factor, offset is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, y = ctx.saved_tensors
-        low, high, factor, offset = ctx.ends
+        x, scale, y, *ends = ctx.saved_tensors
+        low, high = ends or ctx.ends
         g = grads[0]
-        if x.device.type == "cpu":
+        if on_host(x):
             s = float(scale.detach())
             inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
         else:
             inside = g * (x > low * scale).logical_and_(x < high * scale)
-        by_scale = ((g * y).sum() - (inside * x).sum()).float().div_(scale).mul_(factor)
-        by_offset = (g.sum() - inside.sum()).float().mul_(factor) if offset else None
+        by_scale = ((g * y).sum() - (inside * x).sum()).float().div_(scale).mul_(ctx.factor)
+        by_offset = (g.sum() - inside.sum()).float().mul_(ctx.factor) if ctx.offset else None
         return inside, by_scale, by_offset, None, None, None
 
 
@@ -62,6 +63,11 @@ class LearnedActivation(ActivationQuantizer):
     def ready(self) -> bool:
         """Whether a first batch was seen."""
         return self.started
+
+    @property
+    def traces(self) -> bool:
+        """After the first batch, which waits for its numbers."""
+        return self.started and super().traces
 
     def observe(self, x: Tensor) -> None:
         """Begin from the first batch without NaN or infinity."""
@@ -89,21 +95,32 @@ class LearnedActivation(ActivationQuantizer):
     def _middle(self) -> int:
         return (self.spec.qmax + self.spec.qmin + 1) // 2
 
-    def _step(self) -> float:
-        """The scale now, positive: a step of the optimizer may have gone past zero."""
+    def _bound(self) -> None:
+        """Keep what is learned positive: a step of the optimizer may have gone past zero."""
         raise NotImplementedError
 
+    def _scale(self) -> Tensor:
+        """The scale now, detached, 0-dim."""
+        raise NotImplementedError
+
+    def _zero(self, scale: Tensor) -> Tensor | int:  # noqa: ARG002  (what moves with it)
+        """The zero point now; a tensor where it moves."""
+        return self.zero_point
+
     def _numbers(self) -> tuple[float, int]:
-        return self._step(), self.zero_point
+        self._bound()
+        scale = self._scale()
+        return float32(float(scale)), int(self._zero(scale))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x on the grid, same shape and dtype, with gradients to x and to what is learned."""
-        for parameter in self.learned.values():
-            if parameter.device != x.device:  # the model has moved
-                parameter.data = parameter.data.to(x.device)
+        if not torch.compiler.is_compiling():
+            for parameter in self.learned.values():
+                if parameter.device != x.device:  # the model has moved
+                    parameter.data = parameter.data.to(x.device)
         if self.rectified and not self.absorbs:
             x = F.hardtanh(x, self.floor, self.cap)
-        self._step()
+        self._bound()
         y = self._rounded(wide(x))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
@@ -114,7 +131,10 @@ class LearnedActivation(ActivationQuantizer):
         """The learned numbers and the zero point; None before the first batch."""
         if not self.started:
             return {**dict.fromkeys(self.learned), "zero_point": None}
-        return {**{name: float(value.detach()) for name, value in self.learned.items()}, "zero_point": self.zero_point}
+        return {
+            **{name: float(value.detach()) for name, value in self.learned.items()},
+            "zero_point": int(self._zero(self._scale())),
+        }
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved state is of this method."""
@@ -153,17 +173,22 @@ class LsqActivation(LearnedActivation):
         size = float(x.abs().mean())
         self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
 
-    def _step(self) -> float:
+    def _bound(self) -> None:
         with torch.no_grad():
             self.scale.clamp_(min=MIN_SCALE)
-        return float32(float(self.scale.detach()))
+
+    def _scale(self) -> Tensor:
+        return self.scale.detach()
 
     def _rounded(self, x: Tensor) -> Tensor:
         return self._on_grid(x, None, self.spec.qmax - self.zero_point)
 
     def _on_grid(self, x: Tensor, offset: Tensor | None, levels: int) -> Tensor:
         """`levels`: what the gradients of scale and offset are tempered by, with the number of features."""
-        low, high = self.spec.qmin - self.zero_point, self.spec.qmax - self.zero_point
+        zero = self._zero(self._scale())
+        if isinstance(zero, Tensor) and on_host(x):
+            zero = int(zero)
+        low, high = self.spec.qmin - zero, self.spec.qmax - zero
         features = x.numel() / max(x.shape[0], 1) if x.dim() else 1
         y: Tensor = _LearnedGrid.apply(x, self.scale, offset, low, high, 1 / math.sqrt(max(features, 1) * levels))
         return y
@@ -191,12 +216,10 @@ class LsqPlusActivation(LsqActivation):
         self.scale.fill_(scale)
         self.offset.fill_(-self.zero_point * scale)
 
-    def _step(self) -> float:
-        scale = super()._step()
-        if self.moves and self.started:
-            zero = round(-float(self.offset.detach()) / scale)
-            self.zero_point = min(max(zero, self.spec.qmin), self.spec.qmax)
-        return scale
+    def _zero(self, scale: Tensor) -> Tensor | int:
+        if not self.moves:
+            return self.zero_point
+        return (-self.offset.detach().double() / scale.double()).round_().clamp_(self.spec.qmin, self.spec.qmax).float()
 
     def _rounded(self, x: Tensor) -> Tensor:
         return self._on_grid(x, self.offset if self.moves else None, self.spec.qmax - self.spec.qmin)
@@ -244,11 +267,12 @@ class PactActivation(LearnedActivation):
         most = float(x.abs().amax())
         self.alpha.fill_(most if most > 0 else 1.0)
 
-    def _step(self) -> float:
-        steps = self.spec.qmax - self.zero_point
+    def _bound(self) -> None:
         with torch.no_grad():
-            self.alpha.clamp_(min=MIN_SCALE * steps)
-        return float32(float(self.alpha.detach()) / steps)
+            self.alpha.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))
+
+    def _scale(self) -> Tensor:
+        return self.alpha.detach().double() / (self.spec.qmax - self.zero_point)
 
     def _rounded(self, x: Tensor) -> Tensor:
         steps, signed = self.spec.qmax - self.zero_point, self.zero_point > self.spec.qmin

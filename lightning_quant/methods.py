@@ -117,7 +117,7 @@ class DorefaWeight(WeightQuantizer):
 
     def grid(self, weight: Tensor) -> WeightGrid:
         """1 / qmax."""
-        return WeightGrid(weight.new_tensor(1 / self.spec.qmax), None)
+        return WeightGrid(weight.new_full((), 1 / self.spec.qmax), None)  # filled in place: the host does not wait
 
     def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:
         """The integers of the squashed weight."""

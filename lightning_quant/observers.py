@@ -354,6 +354,11 @@ class HistogramQuantizer(ActivationQuantizer):
         """Whether a batch counts."""
         return self.batches > 0
 
+    @property
+    def traces(self) -> bool:
+        """Never: a histogram grows with what it meets."""
+        return False
+
     def forget(self) -> None:
         """Begin anew with the next batch."""
         super().forget()

@@ -91,6 +91,11 @@ def block_range(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return split.amin(dims), split.amax(dims)
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether range arithmetic for x is done in Python numbers: on CPU, unless torch.compile would bake them in."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32 or float64: range and grid arithmetic is never narrower."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -164,6 +169,12 @@ class _FakeQuantizeDevice(torch.autograd.Function):
         return grads[0] * inside, None, None, None, None, None
 
 
+def _on(side: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """An end of a range as a tensor; a number is filled in there, because copying it would have the host wait."""
+    assert side is not None
+    return side.to(device, dtype) if isinstance(side, Tensor) else torch.full((), side, dtype=dtype, device=device)
+
+
 class ActivationQuantizer:
     """Observes one activation tensor and rounds it to its grid; one scale for the tensor.
 
@@ -205,6 +216,11 @@ class ActivationQuantizer:
         return self.low is not None
 
     @property
+    def traces(self) -> bool:
+        """Whether torch.compile can follow this quantizer now, its numbers being tensors then."""
+        return self.clipped is None and self.averaged is None
+
+    @property
     def momentum(self) -> float:
         """How far one batch moves the range."""
         return MOMENTUM if self.averaged is None else 1 / max(self.averaged, 1)
@@ -215,6 +231,8 @@ class ActivationQuantizer:
         self.changes += 1
 
     def _count(self) -> None:
+        if torch.compiler.is_compiling():  # a number that is counted up would be compiled anew at every step
+            return
         self.changes += 1
         self.averaged = None if self.averaged is None else self.averaged + 1
 
@@ -226,7 +244,7 @@ class ActivationQuantizer:
         self._count()
         high = x.amax()
         low = high.new_zeros(()) if self.rectified and self.floor == 0.0 else x.amin()
-        if x.device.type == "cpu":
+        if on_host(x):
             self._observe_host(float(low), float(high))
         else:
             self._observe_device(low.float(), high.float())
@@ -258,7 +276,7 @@ class ActivationQuantizer:
         if self.low is None or self.high is None:
             self.low, self.high = torch.full_like(low, math.nan), torch.full_like(high, math.nan)
         for name, new, widest in (("low", low, torch.minimum), ("high", high, torch.maximum)):
-            old = torch.as_tensor(getattr(self, name), dtype=torch.float32, device=new.device)
+            old = _on(getattr(self, name), new.device, torch.float32)
             moved = widest(old, new) if self.spec.observer == "minmax" else old + self.momentum * (new - old)
             moved = torch.where(torch.isnan(old), new, moved)  # NaN: no batch has counted yet
             setattr(self, name, torch.where(finite, moved, old))
@@ -296,7 +314,7 @@ class ActivationQuantizer:
         """x rounded to the grid, same shape and dtype; applies the absorbed ReLU. `ready` must hold."""
         if self.rectified and not self.absorbs:
             x = F.hardtanh(x, self.floor, self.cap)  # not x.clamp: its gradient at 0 is 1
-        y = self._on_host(wide(x)) if x.device.type == "cpu" else self._on_device(wide(x))
+        y = self._on_host(wide(x)) if on_host(x) else self._on_device(wide(x))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _on_host(self, x: Tensor) -> Tensor:
@@ -333,7 +351,7 @@ class ActivationQuantizer:
         spec = self.spec
         # The host reckons in double and rounds the scale to float32: so must the device, or zero points differ.
         double = torch.float32 if device.type == "mps" else torch.float64
-        low, high = (torch.as_tensor(r, dtype=double, device=device) for r in (self.low, self.high))
+        low, high = (_on(side, device, double) for side in (self.low, self.high))
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         if spec.scheme == "symmetric":
             scale = (torch.maximum(-low, high) / ((spec.qmax - spec.qmin) / 2)).float().clamp_(min=MIN_SCALE)
@@ -370,7 +388,7 @@ class BlockQuantizer(ActivationQuantizer):
             return
         self._count()
         low, high = (side.float() for side in block_range(x, self._checked_kernel(x)))
-        if x.device.type == "cpu" and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        if on_host(x) and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             self._warn()
             return
         self._observe_device(low, high)

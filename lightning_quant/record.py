@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
@@ -356,6 +357,7 @@ def _recorded(model: nn.Module, example_input: Any, entry: nn.Module, shared: fr
         finally:
             before.remove()
             after.remove()
+            torch_module._global_forward_hooks_with_kwargs.pop(after.id, None)  # torch leaves it, and torch.compile then warns
     made = [recorder.source(tensor) for tensor in tensors_in(output)]
     kept = [tensor for module in model.modules() for tensor in tensors_in(vars(module)) if id(tensor) in recorder.producer]
     leaks = dict.fromkeys([*recorder.leaks, *(recorder.producer[id(tensor)][0] for tensor in kept)])

@@ -175,6 +175,11 @@ class WeightQuantizer:
         """What the optimizer is to train, by name."""
         return {}
 
+    @property
+    def traces(self) -> bool:
+        """Whether torch.compile can follow this quantizer now."""
+        return True
+
     def commutes(self, weight: Tensor) -> bool:
         """Whether a factor for each index of dimension 0 multiplies the scales and leaves the integers."""
         return self.unfolded or self.spec.kernel(weight.dim())[0] == 1
@@ -248,6 +253,11 @@ class MseWeight(WeightQuantizer):
         super().__init__(spec, name, weight)
         self.blocks = tuple(1 if k == -1 else n // k for k, n in zip(spec.kernel(weight.dim()), weight.shape, strict=True))
         self.ratio: Tensor | None = None
+
+    @property
+    def traces(self) -> bool:
+        """Once the shares are settled."""
+        return self.ratio is not None
 
     def _ratio(self, weight: Tensor) -> Tensor:
         return best_ratio(weight, self.spec) if self.ratio is None else self.ratio

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.group import KEY, Group, Member, hidden, leave, own_class
+from lightning_quant.group import Group, Member, hidden, leave, own_class
 from lightning_quant.integer import Rounding, carrying, integer_tensor, widened
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
@@ -34,13 +34,17 @@ def _rounded_call(
     kwargs: dict[str, Any],
 ) -> Any:
     """forward on rounded arguments, its results rounded; two arguments that are one tensor stay one."""
-    done: dict[tuple[int, int], Tensor] = {}
+    done: list[tuple[Tensor, Round, Tensor]] = []
     for argument, act in inputs:
         value = argument.read(args, kwargs)
         if isinstance(value, Tensor) and value.is_floating_point():
-            key = id(value), id(act)
-            done[key] = done[key] if key in done else act(value)
-            args, kwargs = argument.replaced(args, kwargs, done[key])
+            rounded = next((result for one, by, result in done if one is value and by is act), None)
+            if rounded is None:
+                rounded = act(value)
+                done.append((value, act, rounded))
+            args, kwargs = argument.replaced(args, kwargs, rounded)
+    if torch.compiler.is_compiling():  # in training: the kernel below is one of eval
+        return with_outputs(forward(*args, **kwargs), outputs)
     # torch's fused attention kernel takes other sums in eval mode than in training, and reads weights past their module.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -131,12 +135,7 @@ class WrappedModule(Member):
     _made_prefix = "Quantized"
     _made_begins = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward on rounded tensors, or the deployed layer."""
-        group: ModuleGroup | None = self.__dict__.get(KEY)
-        if group is None:
-            return super().forward(*args, **kwargs)
+    def _made_run(self, group: ModuleGroup, *args: Any, **kwargs: Any) -> Any:
         passed = [*args, *kwargs.values()]
         if group.begin(self, [value for value in passed if isinstance(value, Tensor)]):
             return group.deployed_now(self)(*args, **kwargs)
