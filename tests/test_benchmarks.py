@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import step_time
 import torch
+from lanes import LANES, present
 from timed_nets import NETS, layers_of
 from torch import nn
 
@@ -52,6 +53,27 @@ def test_convolutions_and_linear_layers_are_fused_as_far_as_they_can_be(name: st
 
 
 def test_step_time_prints_a_ratio_per_lane(capsys: pytest.CaptureFixture[str]) -> None:
-    step_time.main(["--nets", "mlp", "--rounds", "2"])
-    rows = capsys.readouterr().out.splitlines()
-    assert [row[17:39].strip() for row in rows[3:]] == list(step_time.LANES)
+    lanes = present(list(LANES))
+    capsys.readouterr()
+    step_time.main(["--nets", "mlp", "--rounds", "2", "--threads", "1", "1"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("mlp")]
+    assert [row[18:40].strip() for row in rows] == 2 * [LANES[lane].title for lane in lanes]
+    assert {"float", "ours", "frozen", "int8", "torch_ao"} <= set(lanes)
+    counts = dict(zip(lanes, (int(row[40:50]) for row in rows), strict=False))
+    assert counts["float"] == 0
+    assert counts["ours"] == counts["frozen"] == 4 + 4  # weights; input and three activations
+    assert counts["torch_ao"] == 4 + 5  # the last layer's output, too
+    for left_out in set(LANES) - set(lanes):
+        assert f"left out: {LANES[left_out].title} ({LANES[left_out].missing()})" in printed
+
+
+def test_step_time_measures_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    step_time.main(["--nets", "mlp", "--rounds", "2", "--lanes", "ours"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]
+    assert [row[18:40].strip() for row in rows] == ["float", "ours"]
+    assert float(rows[1].split()[-3]) > 0
+
+
+def test_quartiles_are_of_the_ratios_round_by_round() -> None:
+    assert step_time.quartiles_of_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == [1.5, 2.0, 2.5]
