@@ -25,8 +25,9 @@ convolution and a real batch norm.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,13 +36,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.folding import Layer, channel_float, channel_weight, fold, folded_float, rounded_weight
+from lightning_quant.folding import Layer, channel_float, channel_weight, fold, folded_float, rounded_weight, weight_of
 from lightning_quant.group import Group, Member, Strays, hidden, join
 from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
+from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
 from lightning_quant.sites import Operator
-from lightning_quant.weights import WeightQuantizer
+from lightning_quant.weights import WeightQuantizer, rounded_again
 
 # -- the state that the members of a group share ----------------------------------------------------------------------
 
@@ -232,11 +234,17 @@ class FusedGroup(Ending):
         self.read(0)
         return self.rounded(self.input, x, owned=self.input_owned, applied=self.input_applied)
 
+    def kept_for_backward(self, head: nn.Module, rounded: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """In lean memory rounded weights are not kept for backward but made again."""
+        if not self.lean or WEIGHT not in rounded or torch.compiler.is_compiling():  # a compiler decides for itself
+            return contextlib.nullcontext()
+        return rounded_again(weight_of(head), rounded[WEIGHT])
+
     def rounded_parameters(self, head: nn.Module) -> dict[str, Tensor]:
         """The head's quantized parameters on their grids, with gradient."""
         rounded: dict[str, Tensor] = {}
         if self.weight is not None:
-            rounded["weight"] = rounded_weight(self.layer(head))
+            rounded[WEIGHT] = rounded_weight(self.layer(head))
         bias = head._parameters.get("bias")
         if self.bias is not None and bias is not None:
             rounded["bias"] = self.bias.rounded(bias)
@@ -266,10 +274,11 @@ class _Head(Member):
             deployed: Tensor = group.deployed_now(self)(input, *rest, **named)
             return group.hand_on(deployed, 0, True)
         x = input if behind else group.round_input(input)
-        with hidden(self, group.rounded_parameters(self) if group.rounds_parameters else {}):
+        rounded = group.rounded_parameters(self) if group.rounds_parameters else {}
+        with hidden(self, rounded), group.kept_for_backward(self, rounded):
             y: Tensor = self._made_own(x, *rest, **named)
-        rounded = group.finish(self, y)
-        return group.hand_on(y if rounded is None else rounded, 0, False)
+        end = group.finish(self, y)
+        return group.hand_on(y if end is None else end, 0, False)
 
 
 class _NormHead(Member):

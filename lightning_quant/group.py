@@ -73,6 +73,7 @@ class Group:
     def __init__(self, name: str) -> None:
         self.name = name
         self.phase = Phase()
+        self.lean = False  # less is kept for backward
         self.place = 0  # among the layers, in the order of the data
         self.partly = False  # something in the model is not rounded yet: eval mode computes what training computes
         self.simulate = False  # eval mode simulates too, for comparisons

@@ -43,23 +43,27 @@ from lightning_quant.weights import WeightQuantizer
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
 
-def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
+def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact") -> nn.Module:
     """Attach `plan` to `model`, in place, and return it.
 
-    Afterwards `model.train()` quantizes and moves the ranges, `model.eval()` runs the folded integer layers on frozen
-    ranges (float until every range of a layer is known; simulated where gradients are asked for). Parameters, buffers,
-    their names and order, hooks and `state_dict()` are as before: classes change, nothing is replaced or renamed.
+    `memory`: "exact", or "lean" for less memory and more time in training (see `checked_memory`). Afterwards `model.train()`
+    quantizes and moves the ranges, `model.eval()` runs the folded integer layers on frozen ranges (float until every range of
+    a layer is known; simulated where gradients are asked for). Parameters, buffers, their names and order, hooks and
+    `state_dict()` are as before: classes change, nothing is replaced or renamed.
 
     Raises:
-        ConfigError: if the model is prepared already or lacks a module of the plan; the model is then unchanged.
+        ConfigError: if the model is prepared already or lacks a module of the plan, or for `memory`; the model is then unchanged.
     """
+    lean = checked_memory(memory) == "lean"
     modules = _modules_of(model, plan)
     quantizers = _make_quantizers(plan, modules)
+    for quantizer in quantizers.values():
+        quantizer.lean = lean
     sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
     groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
     places = {layer.name: place for place, layer in enumerate(sorted(plan.layers, key=lambda layer: layer.order))}
     for (group, _), layer in zip(groups, plan.layers, strict=True):
-        group.shares, group.place = _shares(group, layer), places[layer.name]
+        group.shares, group.place, group.lean = _shares(group, layer), places[layer.name], lean
         if isinstance(group, Ending):  # a hook may hand on another tensor, too
             group.loose = layer.loose or any(modules[name]._forward_hooks for name in (layer.name, *layer.fused_with)[:-1])
             through = group.activation.site.through if isinstance(group.activation, Operator) else ""
@@ -82,6 +86,17 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
                 module.__dict__[_SAVED + switch] = module.__dict__[switch]
                 module.__dict__[switch] = off
     return model
+
+
+def checked_memory(memory: Any) -> str:
+    """`memory` if it is one of the two ways to keep what gradients need.
+
+    "exact" keeps the tensors before rounding. "lean" keeps a byte a value in their place (methods with learned scales keep the
+    tensor), and of rounded weights the scales, from which backward rounds again. Both give the same numbers; lean takes longer.
+    """
+    if memory not in ("exact", "lean"):
+        raise ConfigError(f"memory: {memory!r} is not one of exact, lean.")
+    return str(memory)
 
 
 def _modules_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -154,19 +154,40 @@ class _FakeQuantizeHost(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.bounds), None, None, None, None, None
 
 
-class _FakeQuantizeDevice(torch.autograd.Function):
-    """Scale and bounds as 0-dim tensors: an accelerator is never asked for a value, so the host never waits."""
+class _FakeQuantizeLean(torch.autograd.Function):
+    """As `_FakeQuantizeHost`, with the same gradient, but a byte a value is kept for it in place of the tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        ctx.save_for_backward(x, lower, upper)
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, lower: float, upper: float) -> Tensor:
+        # lower < x < upper is x between the next numbers inwards, ends included: what clamp leaves as it is.
+        inner = torch.nextafter(x.new_tensor([lower, upper]), x.new_tensor([math.inf, -math.inf])).tolist()
+        ctx.save_for_backward(x.clamp(*inner).eq(x))
         return _round_to_grid(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, lower, upper = ctx.saved_tensors
-        inside = (x > lower).logical_and_(x < upper)
-        return grads[0] * inside, None, None, None, None, None
+        (inside,) = ctx.saved_tensors
+        return inside.to(grads[0].dtype).mul_(grads[0]), None, None, None, None, None
+
+
+class _FakeQuantizeDevice(torch.autograd.Function):
+    """Scale and bounds as 0-dim tensors: an accelerator is never asked for a value, so the host never waits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, lower: Tensor, upper: Tensor, lean: bool
+    ) -> Tensor:
+        ctx.save_for_backward(*((_inside(x, lower, upper),) if lean else (x, lower, upper)))
+        return _round_to_grid(x, scale, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inside, *ends = ctx.saved_tensors
+        return grads[0] * (_inside(inside, *ends) if ends else inside), None, None, None, None, None, None
+
+
+def _inside(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return (x > lower).logical_and_(x < upper)
 
 
 def _on(side: float | Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -194,6 +215,7 @@ class ActivationQuantizer:
         self, spec: TensorSpec, name: str, *, rectified: bool = False, cap: float = math.inf, floor: float = 0.0
     ) -> None:
         self.spec, self.name, self.rectified, self.cap, self.floor = spec, name, rectified, cap, floor
+        self.lean = False  # keep a mask for the gradient, not the tensor
         self.averaged: int | None = None  # while calibrating: the range is the mean of this many batches
         self.low: float | Tensor | None = None
         self.high: float | Tensor | None = None
@@ -328,7 +350,8 @@ class ActivationQuantizer:
             lower, upper = max(lower, self.floor), min(upper, self.cap)
         if self.spec.apply_method == "clamp_round":
             lower, upper = -math.inf, math.inf
-        y: Tensor = _FakeQuantizeHost.apply(x, grid.scale, low, high, lower, upper)
+        kernel = _FakeQuantizeLean if self.lean else _FakeQuantizeHost
+        y: Tensor = kernel.apply(x, grid.scale, low, high, lower, upper)
         return y
 
     def _on_device(self, x: Tensor) -> Tensor:
@@ -343,7 +366,7 @@ class ActivationQuantizer:
             lower, upper = torch.full_like(lower, -math.inf), torch.full_like(upper, math.inf)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _round_to_grid(x, scale, bottom, top)
-        y: Tensor = _FakeQuantizeDevice.apply(x, scale, bottom, top, lower, upper)
+        y: Tensor = _FakeQuantizeDevice.apply(x, scale, bottom, top, lower, upper, self.lean)
         return y
 
     def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:

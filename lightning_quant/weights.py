@@ -7,8 +7,9 @@ norms multiply the weight by when they are folded into it.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,7 @@ class _RoundWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.step = scale  # for `rounded_again`
         return torch.div(weight, scale).round_().mul_(scale)
 
     @staticmethod
@@ -142,12 +144,48 @@ def fake_quantize_weight(
         grid = grid if ratio is None else narrowed(grid, ratio, data.shape)
         step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
     if grid.zero_point is None and ratio is None:
-        y: Tensor = _RoundWeight.apply(weight, step)
-    else:
-        zero = step.new_zeros(()) if grid.zero_point is None else grid.zero_point
-        passes = spec.apply_method == "clamp_round"
-        y = _FakeQuantizeWeight.apply(weight, step, zero, spec.qmin, spec.qmax, passes)
-    return y
+        return _RoundWeight.apply(weight, step)  # type: ignore[no-any-return]
+    zero = step.new_zeros(()) if grid.zero_point is None else grid.zero_point
+    passes = spec.apply_method == "clamp_round"
+    return _FakeQuantizeWeight.apply(weight, step, zero, spec.qmin, spec.qmax, passes)  # type: ignore[no-any-return]
+
+
+# -- kept for backward ------------------------------------------------------------------------------------------------
+
+
+def _changed_since() -> RuntimeError:
+    return RuntimeError(
+        "a tensor that backward needs was changed in place after the forward (memory: lean looks at versions as autograd does); "
+        "change it after backward, or clone it."
+    )
+
+
+@contextlib.contextmanager
+def rounded_again(weight: Tensor, rounded: Tensor) -> Iterator[None]:
+    """What is saved for backward in this context of `rounded`, the rounded `weight`, is not kept but made again.
+
+    The steps are remembered, so that backward has the same bits. Only where rounding is a plain one (`_RoundWeight`); what else
+    is saved stays. A weight that has changed by then is an error, as it is without.
+    """
+    step = None if rounded.grad_fn is None else getattr(rounded.grad_fn, "step", None)
+    if step is None:
+        yield
+        return
+    origin, place, shape = weight.detach(), rounded.untyped_storage().data_ptr(), rounded.shape
+
+    def pack(saved: Tensor) -> Any:
+        again = saved.untyped_storage().data_ptr() == place
+        version = (origin if again else saved)._version
+        return None if again else saved, version, saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        saved, version, *how = kept
+        if (origin if saved is None else saved)._version != version:
+            raise _changed_since()
+        return torch.div(origin, step).round_().mul_(step).view(shape).as_strided(*how) if saved is None else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
