@@ -104,7 +104,9 @@ def reset_peak() -> None:
 def steps(net: Net, lane: str, x: Tensor, y: Tensor) -> Trainee:
     """Make the lane's model and train it for some steps, each marked."""
     trainee = Trainee(LANES[lane].make(net, x), net.loss)
-    for _ in range(STEPS):
+    for index in range(STEPS):
+        if index == 1:  # the ranges of the frozen lane are those of the first step
+            LANES[lane].settle(trainee.model)
         trainee.optimizer.zero_grad()  # before the mark: gradients belong to what the step needs
         with record_function(STEP):
             trainee.step(x, y)
