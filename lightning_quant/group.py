@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
 
 from lightning_quant.quantizers import ActivationQuantizer
@@ -267,6 +268,11 @@ def _empty(recipe: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
+def followed() -> bool:
+    """Whether torch.compile follows this code, or waits to compile the next function it finds."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
 class Member(Made, nn.Module):
     """What all members share: the deployed layer is dropped whenever the numbers behind it may change.
 
@@ -283,7 +289,7 @@ class Member(Made, nn.Module):
         group: Group | None = self.__dict__.get(KEY)
         if group is None:  # a forward made this instance by self.__class__()
             return super().forward(*args, **kwargs)
-        if torch.compiler.is_compiling() and self.training and group.traces:
+        if not followed() or (torch.compiler.is_compiling() and self.training and group.traces):
             return self._made_run(group, *args, **kwargs)
         return self._made_apart(group, *args, **kwargs)
 
@@ -366,6 +372,9 @@ def hidden(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     Python finds an entry of the instance's `__dict__` before `nn.Module.__getattr__` finds the Parameter. What stood there before
     (a call of the same module around this one, say) stands there again afterwards.
     """
+    if not tensors:
+        yield
+        return
     places = [(*owner_of(module, name), tensor) for name, tensor in tensors.items()]
     before = [owner.__dict__.get(name, _ABSENT) for owner, name, _ in places]
     recurrent = [owner for owner in dict.fromkeys(owner for owner, _, _ in places) if isinstance(owner, nn.RNNBase)]

@@ -139,23 +139,35 @@ def _round_to_grid(x: Tensor, scale: Any, low: Any, high: Any) -> Tensor:
     return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
 
 
-class _FakeQuantizeHost(torch.autograd.Function):
-    """Scalars on the host (CPU): backward is one fused pass and stores no mask."""
+# A value beyond half a step outside an end by this share or more rounds to that end, whatever float32 makes of its quotient: two
+# roundings of 2^-24 each lie between. Clamped there first, nothing needs to be clamped after rounding.
+_INWARDS = 1 - 2.0**-22
+
+
+def _fake_quantize(x: Tensor, scale: float, lower: float, upper: float) -> Tensor:
+    """x clamped to [lower, upper] and rounded; its gradient is the clamp's, by torch's own kernels: they save x, need no Python.
+
+    `lower`, `upper`: no farther out than half a step beyond the ends, inwards by `_INWARDS`.
+    """
+    y = F.hardtanh(x, lower, upper)
+    y.detach().div_(scale).round_().mul_(scale)  # the same memory, unseen by autograd
+    return y
+
+
+class _FakeQuantizeThrough(torch.autograd.Function):
+    """`apply_method: clamp_round`: what is clipped passes its gradient, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, lower: float, upper: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = (lower, upper)
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
         return _round_to_grid(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.bounds), None, None, None, None, None
+        return grads[0], None, None, None
 
 
 class _FakeQuantizeLean(torch.autograd.Function):
-    """As `_FakeQuantizeHost`, with the same gradient, but a byte a value is kept for it in place of the tensor."""
+    """As `_fake_quantize`, with the same gradient, but a byte a value is kept for it in place of the tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, lower: float, upper: float) -> Tensor:
@@ -264,12 +276,12 @@ class ActivationQuantizer:
         if x.numel() == 0:
             return
         self._count()
-        high = x.amax()
-        low = high.new_zeros(()) if self.rectified and self.floor == 0.0 else x.amin()
+        cut = self.rectified and self.floor == 0.0  # nothing below it counts
         if on_host(x):
-            self._observe_host(float(low), float(high))
+            self._observe_host(0.0 if cut else float(x.amin()), float(x.amax()))
         else:
-            self._observe_device(low.float(), high.float())
+            high = x.amax()
+            self._observe_device((high.new_zeros(()) if cut else x.amin()).float(), high.float())
 
     def _observe_host(self, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -305,13 +317,18 @@ class ActivationQuantizer:
 
     def grid(self) -> Grid | BlockGrid | SignGrid:
         """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
-        spec, (scale, zero) = self.spec, self._numbers()
-        low, high = spec.qmin, spec.qmax
+        scale, zero = self._numbers()
+        low, high = self._clip(scale, zero)
+        return Grid(scale=scale, zero_point=zero, qmin=self.spec.qmin, qmax=self.spec.qmax, clip_low=low, clip_high=high)
+
+    def _clip(self, scale: float, zero: int) -> tuple[int, int]:
+        """The levels that the absorbed activation leaves."""
+        low, high = self.spec.qmin, self.spec.qmax
         if self.rectified:
             low = max(low, zero + round(self.floor / scale))
             if math.isfinite(self.cap):
                 high = min(high, zero + round(self.cap / scale))
-        return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+        return low, high
 
     def _numbers(self) -> tuple[float, int]:
         """(scale, zero point) of the range."""
@@ -340,19 +357,18 @@ class ActivationQuantizer:
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _on_host(self, x: Tensor) -> Tensor:
-        grid = self.grid()
-        assert isinstance(grid, Grid)
-        low, high = grid.clip_low - grid.zero_point, grid.clip_high - grid.zero_point
+        scale, zero = self._numbers()
+        low, high = (end - zero for end in self._clip(scale, zero))
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return _round_to_grid(x, grid.scale, low, high)
-        lower, upper = (low - 0.5) * grid.scale, (high + 0.5) * grid.scale
+            return _round_to_grid(x, scale, low, high)
+        if self.spec.apply_method == "clamp_round":
+            return _FakeQuantizeThrough.apply(x, scale, low, high)  # type: ignore[no-any-return]
+        lower, upper = (low - 0.5) * scale * _INWARDS, (high + 0.5) * scale * _INWARDS
         if self.absorbs:
             lower, upper = max(lower, self.floor), min(upper, self.cap)
-        if self.spec.apply_method == "clamp_round":
-            lower, upper = -math.inf, math.inf
-        kernel = _FakeQuantizeLean if self.lean else _FakeQuantizeHost
-        y: Tensor = kernel.apply(x, grid.scale, low, high, lower, upper)
-        return y
+        if self.lean:
+            return _FakeQuantizeLean.apply(x, scale, low, high, lower, upper)  # type: ignore[no-any-return]
+        return _fake_quantize(x, scale, lower, upper)
 
     def _on_device(self, x: Tensor) -> Tensor:
         spec = self.spec
