@@ -133,7 +133,7 @@ def method_problem(spec: TensorSpec, activation: bool) -> str | None:
         return f"its values are -1 and 1, quant_dtype 'int1', not {spec.dtype!r}; leave quant_dtype out."
     if spec.dtype == "int1" and spec.method != "bnn":
         return "int1 has one bit, which only method 'bnn' trains."
-    if spec.method == "qat" or (spec.method == "pact" and not activation):
+    if spec.method in ("qat", "ptq") or (spec.method == "pact" and not activation):
         return None
     if spec.observer != "default":
         return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."

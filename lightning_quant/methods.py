@@ -260,6 +260,7 @@ class FixedRounding(WeightQuantizer):
 
 WEIGHT_METHODS: dict[str, type[WeightQuantizer]] = {
     "qat": WeightQuantizer,
+    "ptq": WeightQuantizer,  # what a parameter is rounded to is known without calibration
     "lsq": LsqWeight,
     "lsq+": LsqPlusWeight,
     "pact": WeightQuantizer,
