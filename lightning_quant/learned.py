@@ -269,6 +269,11 @@ class DorefaActivation(ActivationQuantizer):
     def observe(self, x: Tensor) -> None:
         """Nothing: the range is fixed."""
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """x on the grid, same shape and dtype. The cut stops the gradient, also where a value beyond an end rounds to it."""
+        cuts = torch.is_grad_enabled() and x.requires_grad and self.spec.apply_method != "clamp_round"
+        return super().__call__(x.clamp(0, 1) if cuts else x)
+
 
 class _SignClipped(torch.autograd.Function):
     """Courbariaux et al. 2016, equation 4: the sign forward, the gradient of the hard tanh backward."""

@@ -331,6 +331,24 @@ def test_learned_numbers_and_their_names() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned_parameters(model).values())
 
 
+@pytest.mark.parametrize("target", ["weight", "_input_", None])
+def test_one_bit_needs_no_other_key(target: str | None, quiet_trainer: TrainerMaker) -> None:
+    """`method: bnn` says int1 by itself, in an entry or for one target, and a trained net ships."""
+    keys: dict[str, Any] = {"method": "bnn"} if target is None else {"target_settings": {target: {"method": "bnn"}}}
+    entries: list[dict[str, Any]] = [{"op_types": ["Conv2d", "Linear"]}, {"op_names": ["conv2"], **keys}]
+    model = Lit()
+    callback = QuantFusionCallback(entries, verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    assert callback.plan is not None and callback.deployed_model is not None
+    specs = {name: one.spec for name, one in next(x for x in callback.plan.layers if x.name == "conv2").targets.items()}
+    chosen = set(specs) if target is None else {target}
+    assert {name for name, one in specs.items() if (one.dtype, one.scheme) == ("int1", "symmetric")} == chosen
+    assert torch.equal(evaluated(callback.deployed_model), evaluated(model))
+    if target != "_input_":
+        weight = callback.deployed_model.get_submodule("conv2").get_buffer("weight")
+        assert set(weight.flatten().tolist()) == {-1, 1}
+
+
 def test_a_copy_learns_by_itself() -> None:
     model = trained("lsq")
     twin = copy.deepcopy(model)
@@ -486,6 +504,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an observer": (
         {"method": "lsq", "observer": "minmax"},
         r"method 'lsq' of '_input_' of Linear: nothing is observed, so observer 'minmax' is in vain; leave it out\.",
+    ),
+    "levels below 0 of a dorefa activation": (
+        {"method": "dorefa", "target_settings": {"_input_": {"quant_scheme": "symmetric"}}},
+        r"method 'dorefa' of '_input_' of Linear: an activation is cut to \[0, 1\], quant_scheme 'affine', not 'symmetric'",
     ),
     "scales of a dorefa weight": (
         {"method": "dorefa", "target_settings": {"weight": {"granularity": "out_channel"}}},
