@@ -64,7 +64,11 @@ class LearnedActivation(ActivationQuantizer):
         return self.started
 
     def observe(self, x: Tensor) -> None:
-        """Begin from the first batch without NaN or infinity."""
+        """Begin from the first batch without NaN or infinity that holds more than zeros.
+
+        A grid that began from zeros would not know their sign or size, and where it has no levels below 0 it would stop the
+        gradient of what is to grow out of them (a batch norm's weight may begin at 0).
+        """
         if self.started or x.numel() == 0:
             return
         x = x.detach().float()
@@ -72,6 +76,8 @@ class LearnedActivation(ActivationQuantizer):
             self._warn()
             return
         x = x.clamp(self.floor, self.cap) if self.rectified else x
+        if not bool(x.any()):
+            return
         with torch.no_grad():
             for parameter in self.learned.values():
                 parameter.data = parameter.data.to(x.device)
@@ -154,8 +160,7 @@ class LsqActivation(LearnedActivation):
         self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
 
     def _step(self) -> float:
-        with torch.no_grad():
-            self.scale.clamp_(min=MIN_SCALE)
+        self.scale.data.clamp_(min=MIN_SCALE)  # past autograd's version counter: a layer may run twice in one forward
         return float32(float(self.scale.detach()))
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -246,8 +251,7 @@ class PactActivation(LearnedActivation):
 
     def _step(self) -> float:
         steps = self.spec.qmax - self.zero_point
-        with torch.no_grad():
-            self.alpha.clamp_(min=MIN_SCALE * steps)
+        self.alpha.data.clamp_(min=MIN_SCALE * steps)
         return float32(float(self.alpha.detach()) / steps)
 
     def _rounded(self, x: Tensor) -> Tensor:

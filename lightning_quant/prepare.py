@@ -56,7 +56,8 @@ def prepare_model(model: nn.Module, plan: Plan) -> nn.Module:
     modules = _modules_of(model, plan)
     quantizers = _make_quantizers(plan, modules)
     sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
-    groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
+    tied: Tied = {}
+    groups = [(_make_group(layer, quantizers, sources, modules, tied), modules[layer.name]) for layer in plan.layers]
     places = {layer.name: place for place, layer in enumerate(sorted(plan.layers, key=lambda layer: layer.order))}
     for (group, _), layer in zip(groups, plan.layers, strict=True):
         group.shares, group.place = _shares(group, layer), places[layer.name]
@@ -177,6 +178,7 @@ def _make_group(
     quantizers: Mapping[str, ActivationQuantizer],
     sources: Mapping[str, str | None],
     modules: Mapping[str, nn.Module],
+    tied: Tied,
 ) -> Group:
     targets = {name: target for name, target in layer.targets.items() if target.active}
 
@@ -191,7 +193,7 @@ def _make_group(
 
     module = modules[layer.name]
     own = {name: target.spec for name, target in targets.items() if not is_activation(name)}
-    parameters = {name: _weight_quantizer(layer.name, module, name, spec) for name, spec in own.items()}
+    parameters = {name: _weight_quantizer(layer.name, module, name, spec, tied) for name, spec in own.items()}
     activation = None if layer.activation is None else modules[layer.activation]
     if layer.operator:
         arguments = Arguments(type(module))
@@ -228,11 +230,16 @@ def _make_group(
     )
 
 
-def _weight_quantizer(layer: str, module: nn.Module, name: str, spec: TensorSpec) -> WeightQuantizer:
+# What learns a grid, by its parameter and what is decided for it: layers that share the parameter share the grid.
+Tied = dict[tuple[int, TensorSpec], WeightQuantizer]
+
+
+def _weight_quantizer(layer: str, module: nn.Module, name: str, spec: TensorSpec, tied: Tied) -> WeightQuantizer:
     owner, own_name = owner_of(module, name)
     parameter = owner._parameters[own_name]
     assert parameter is not None
-    return weight_quantizer_kind(spec)(spec, f"{layer}.{name}", parameter)
+    made = weight_quantizer_kind(spec)(spec, f"{layer}.{name}", parameter)
+    return tied.setdefault((id(parameter), spec), made) if made.learned else made
 
 
 def _shares(group: Group, layer: LayerPlan) -> dict[Any, Share]:
