@@ -155,7 +155,8 @@ def test_zero_initialised_residuals_learn_as_in_float(method: str, granularity: 
     assert first < expected_first + 0.1
     reference = residual()
     reference.load_state_dict(task.net.state_dict())
-    assert accuracy(deployed_of(callback, task)) >= accuracy(reference) - 0.03
+    bound = 0.06 if method == "pact" else 0.03  # its clip is part of what was trained, and the reference lacks it
+    assert accuracy(deployed_of(callback, task)) >= accuracy(reference) - bound
 
 
 # -- batch norm with a great eps and a small momentum ---------------------------------------------------------------------------

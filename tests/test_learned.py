@@ -195,11 +195,11 @@ def test_a_batch_of_zeros_is_no_beginning(kind: type[LsqActivation | LsqPlusActi
     method = {LsqActivation: "lsq", LsqPlusActivation: "lsq+", PactActivation: "pact"}[kind]
     quantizer = kind(spec("uint8", method), "x")
     quantizer.observe(torch.zeros(2, 3))
-    assert not quantizer.ready
+    states = [quantizer.ready]
     quantizer.observe(torch.tensor([[-0.001, 0.0, 0.002]]))
     x = torch.zeros(1, 3, requires_grad=True)
     quantizer(x).sum().backward()
-    assert quantizer.ready
+    assert [*states, quantizer.ready] == [False, True]
     assert quantizer.zero_point > 0
     assert x.grad is not None
     assert x.grad.tolist() == [[1.0, 1.0, 1.0]]
