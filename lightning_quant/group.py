@@ -145,6 +145,10 @@ class Group:
         follows = [*(one.traces for one in self.quantizers), *(one.traces for one in self.parameter_quantizers)]
         return not self.calibrating and all(follows)
 
+    def _moves(self, quantizer: ActivationQuantizer) -> bool:
+        """Whether this pass moves a range: calibration does, training not where the method is `ptq` (Nagel et al. 2021)."""
+        return self.observing and (self.calibrating or quantizer.spec.method != "ptq")
+
     def rounded(self, quantizer: ActivationQuantizer, x: Tensor, *, owned: bool = True, applied: bool = True) -> Tensor:
         """One activation in this pass: its range moves, then it is rounded.
 
@@ -152,7 +156,7 @@ class Group:
         """
         if not torch.compiler.is_compiling():  # compiled code has no counters: each would be compiled anew at every step
             quantizer.passes += owned
-        if self.observing and owned:
+        if owned and self._moves(quantizer):
             quantizer.observe(x)
         if not (applied and self.phase.quantize_activations and quantizer.ready):
             return x
@@ -172,7 +176,7 @@ class Group:
         self.observing = (head.training or self.calibrating) and self.phase.observe and not self.again
         if not self.again:
             for quantizer in self.quantizers:
-                quantizer.settled = not self.observing
+                quantizer.settled = not self._moves(quantizer)
         for parameter in self.parameter_quantizers:
             parameter.training = self.training
         self.integer_pass = (

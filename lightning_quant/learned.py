@@ -70,7 +70,11 @@ class LearnedActivation(ActivationQuantizer):
         return self.started and super().traces
 
     def observe(self, x: Tensor) -> None:
-        """Begin from the first batch without NaN or infinity."""
+        """Begin from the first batch without NaN or infinity that holds more than zeros.
+
+        A grid that began from zeros would not know their sign or size, and where it has no levels below 0 it would stop the
+        gradient of what is to grow out of them (a batch norm's weight may begin at 0).
+        """
         if self.started or x.numel() == 0:
             return
         x = x.detach().float()
@@ -78,6 +82,8 @@ class LearnedActivation(ActivationQuantizer):
             self._warn()
             return
         x = x.clamp(self.floor, self.cap) if self.rectified else x
+        if not bool(x.any()):
+            return
         with torch.no_grad():
             for parameter in self.learned.values():
                 parameter.data = parameter.data.to(x.device)
@@ -174,8 +180,7 @@ class LsqActivation(LearnedActivation):
         self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
 
     def _bound(self) -> None:
-        with torch.no_grad():
-            self.scale.clamp_(min=MIN_SCALE)
+        self.scale.data.clamp_(min=MIN_SCALE)  # past autograd's version counter: a layer may run twice in one forward
 
     def _scale(self) -> Tensor:
         return self.scale.detach()
@@ -268,8 +273,7 @@ class PactActivation(LearnedActivation):
         self.alpha.fill_(most if most > 0 else 1.0)
 
     def _bound(self) -> None:
-        with torch.no_grad():
-            self.alpha.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))
+        self.alpha.data.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))
 
     def _scale(self) -> Tensor:
         return self.alpha.detach().double() / (self.spec.qmax - self.zero_point)
@@ -292,6 +296,11 @@ class DorefaActivation(ActivationQuantizer):
 
     def observe(self, x: Tensor) -> None:
         """Nothing: the range is fixed."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x on the grid, same shape and dtype. The cut stops the gradient, also where a value beyond an end rounds to it."""
+        cuts = torch.is_grad_enabled() and x.requires_grad and self.spec.apply_method != "clamp_round"
+        return super().__call__(x.clamp(0, 1) if cuts else x)
 
 
 class _SignClipped(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_quant.config import TensorSpec
 from lightning_quant.keys import kind_of_observer, percent_of
-from lightning_quant.quantizers import ActivationQuantizer, wide
+from lightning_quant.quantizers import ActivationQuantizer, Grid, wide
 
 BINS = 4096  # 2049 to 4096 of them lie between the least and the greatest value
 _SMALLEST = -126  # 2^-126 is the smallest normal float32
@@ -405,6 +405,12 @@ class HistogramQuantizer(ActivationQuantizer):
         if self.lagging is None or (self.batches > self.searched and 8 * self.batches >= 9 * self.searched):
             self.lagging, self.searched = self._search(), self.batches
         self.low, self.high = self.lagging
+
+    def grid(self) -> Grid:
+        """The grid as host numbers; `ready` must hold."""
+        grid = super().grid()
+        assert isinstance(grid, Grid)
+        return grid
 
     def _numbers(self) -> tuple[float, int]:
         self._update()

@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_quant.config import ConfigError, TensorSpec
+from lightning_quant.config import TensorSpec
 
 MOMENTUM = 0.01
+YOUNG = 100  # so many batches a range that began at nothing widens at once: as many as the average remembers
 # Below this a scale is no longer a normal step for float32 data; NNI and torch floor it at the same value.
 MIN_SCALE = torch.finfo(torch.float32).eps
 
@@ -213,8 +214,10 @@ class ActivationQuantizer:
 
     The first observed batch sets the range, later ones move it: r <- r + 0.01 (r_batch - r) (Jacob et al. 2018), or with
     `observer: minmax` widen it to the least and greatest value seen. While `averaged` counts, the range is the mean of the
-    batches' instead. A batch with NaN or infinity is left out and reported once. On CPU the range is two Python floats; on an
-    accelerator two 0-dim float32 tensors that never leave it. All range arithmetic is float32 or better, whatever autocast says.
+    batches' instead. A range of nothing (a batch norm's weight may begin at 0) is no beginning: the average would clip what grows
+    out of it for a hundred steps, so for as many the range widens at once. A batch with NaN or infinity is left out and reported
+    once. On CPU the range is two Python floats; on an accelerator two 0-dim float32 tensors that never leave it. All range
+    arithmetic is float32 or better, whatever autocast says.
 
     Args:
         spec: the grid.
@@ -231,6 +234,7 @@ class ActivationQuantizer:
         self.averaged: int | None = None  # while calibrating: the range is the mean of this many batches
         self.low: float | Tensor | None = None
         self.high: float | Tensor | None = None
+        self.young: int | Tensor = 0  # for how many batches it goes on to widen at once
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
         self.passes = 0  # how often the layer that moves its range ran
         self.settled = False  # whether this pass leaves the range alone; what lags behind the batches (observers.py) can tell
@@ -262,6 +266,7 @@ class ActivationQuantizer:
     def forget(self) -> None:
         """Begin anew with the next batch."""
         self.low = self.high = None
+        self.young = 0
         self.changes += 1
 
     def _count(self) -> None:
@@ -291,12 +296,24 @@ class ActivationQuantizer:
             low, high = (min(max(side, self.floor), self.cap) for side in (low, high))
         if self.low is None or self.high is None:
             self.low, self.high = low, high
-        elif self.spec.observer == "minmax":
+        elif self.spec.observer == "minmax" or self._grows(float(self.low), float(self.high)):
             self.low, self.high = min(float(self.low), low), max(float(self.high), high)
         else:
             self.low, self.high = float(self.low), float(self.high)
             self.low += self.momentum * (low - self.low)
             self.high += self.momentum * (high - self.high)
+
+    @property
+    def _least(self) -> float:
+        """The width of a range whose scale is the least there is."""
+        return MIN_SCALE * (self.spec.qmax - self.spec.qmin)
+
+    def _grows(self, low: float, high: float) -> bool:
+        """Whether the next batch widens the range at once, because it was nothing not long ago."""
+        if self.averaged is None:
+            nothing = max(high, 0.0) - min(low, 0.0) <= self._least
+            self.young = YOUNG if nothing else max(int(self.young) - 1, 0)
+        return self.averaged is None and int(self.young) > 0
 
     def _warn(self) -> None:
         if not self._warned:
@@ -309,9 +326,16 @@ class ActivationQuantizer:
             low, high = low.clamp(self.floor, self.cap), high.clamp(self.floor, self.cap)
         if self.low is None or self.high is None:
             self.low, self.high = torch.full_like(low, math.nan), torch.full_like(high, math.nan)
-        for name, new, widest in (("low", low, torch.minimum), ("high", high, torch.maximum)):
-            old = _on(getattr(self, name), new.device, torch.float32)
+        olds = [_on(side, low.device, torch.float32) for side in (self.low, self.high)]
+        grows: Tensor | None = None
+        if self.averaged is None and self.spec.observer != "minmax":
+            before = self.young if isinstance(self.young, Tensor) else torch.full_like(low, self.young)
+            nothing = olds[1].clamp(min=0) - olds[0].clamp(max=0) <= self._least
+            young = torch.where(nothing, YOUNG, (before - 1).clamp_(min=0))
+            self.young, grows = torch.where(finite, young, before), young > 0
+        for name, old, new, widest in (("low", olds[0], low, torch.minimum), ("high", olds[1], high, torch.maximum)):
             moved = widest(old, new) if self.spec.observer == "minmax" else old + self.momentum * (new - old)
+            moved = moved if grows is None else torch.where(grows, widest(old, new), moved)
             moved = torch.where(torch.isnan(old), new, moved)  # NaN: no batch has counted yet
             setattr(self, name, torch.where(finite, moved, old))
 
@@ -401,84 +425,15 @@ class ActivationQuantizer:
     def state_dict(self) -> dict[str, Any]:
         """The range as plain numbers, None where there is none."""
         low, high = (None if value is None or math.isnan(value) else float(value) for value in (self.low, self.high))
-        return {"low": low, "high": high}
+        return {"low": low, "high": high, **({"young": int(self.young)} if self.young else {})}
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved range is one number a side, as this quantizer's."""
-        return set(state) == {"low", "high"} and not any(isinstance(side, Tensor) and side.dim() for side in state.values())
+        return set(state) - {"young"} == {"low", "high"} and not any(
+            isinstance(side, Tensor) and side.dim() for side in state.values()
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a range saved by `state_dict`."""
-        self.low, self.high = state["low"], state["high"]
+        self.low, self.high, self.young = state["low"], state["high"], state.get("young", 0)
         self.changes += 1
-
-
-class BlockQuantizer(ActivationQuantizer):
-    """An activation with a scale for each block of its dimensions: one for each channel, say.
-
-    The range is a pair of float32 tensors on the device of the activation, shape (dimension / block) along every dimension;
-    that shape belongs to the layer, so a batch that would need another one is an error.
-    """
-
-    def observe(self, x: Tensor) -> None:
-        """Move the ranges by one batch; a block with NaN or infinity is left out."""
-        x = x.detach()
-        if x.numel() == 0:
-            return
-        self._count()
-        low, high = (side.float() for side in block_range(x, self._checked_kernel(x)))
-        if on_host(x) and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            self._warn()
-            return
-        self._observe_device(low, high)
-
-    def _kernel(self, x: Tensor) -> tuple[int, ...]:
-        kernel = self.spec.kernel(x.dim())
-        if len(kernel) != x.dim() or any(block > 0 and size % block for block, size in zip(kernel, x.shape, strict=True)):
-            raise self._misfit(x, "which these blocks do not divide")
-        return kernel
-
-    def _checked_kernel(self, x: Tensor) -> tuple[int, ...]:
-        """The size of a block along each dimension; a ConfigError unless x has one block for each range."""
-        kernel = self._kernel(x)
-        blocks = tuple(1 if block == -1 else size // block for block, size in zip(kernel, x.shape, strict=True))
-        if isinstance(self.low, Tensor) and tuple(self.low.shape) != blocks:
-            raise self._misfit(x, f"its ranges have the shape {tuple(self.low.shape)}, this batch needs {blocks}")
-        return kernel
-
-    def accepts(self, state: dict[str, Any]) -> bool:
-        """Whether a saved range has a value for each block."""
-        sides = [side is None or (isinstance(side, Tensor) and side.dim() > 0) for side in state.values()]
-        return set(state) == {"low", "high"} and all(sides)
-
-    def _misfit(self, x: Tensor, why: str) -> ConfigError:
-        return ConfigError(
-            f"{self.name}: granularity {self.spec.granularity} met a tensor of shape {tuple(x.shape)}: {why}. A scale for each "
-            "block needs dimensions of one size; use 'per_tensor' or -1 for those that change."
-        )
-
-    def grid(self) -> BlockGrid:
-        """Scales and zero points, each value repeated along its block: they broadcast against the activation."""
-        assert isinstance(self.low, Tensor), self.name
-        scale, zero = self._scale_and_zero(self.low.device)
-        return BlockGrid(scale=scale, zero_point=zero, spec=self.spec)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        for dim, block in enumerate(self.spec.kernel(values.dim())):
-            values = values.repeat_interleave(block, dim) if block > 1 else values
-        return values
-
-    def _on_host(self, x: Tensor) -> Tensor:
-        return self._on_device(x)
-
-    def _on_device(self, x: Tensor) -> Tensor:
-        self._checked_kernel(x)
-        return super()._on_device(x)
-
-    def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        scale, zero = super()._scale_and_zero(device)
-        return self._spread(scale), self._spread(zero)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The ranges as tensors on the host, None where there are none."""
-        return {key: side.cpu() if isinstance(side, Tensor) else None for key, side in (("low", self.low), ("high", self.high))}
