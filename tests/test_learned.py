@@ -189,7 +189,7 @@ class Residual(nn.Module):
         self.conv, self.bn, self.inplace = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn(self.conv(x))
+        out: Tensor = self.bn(self.conv(x))
         if not self.inplace:
             return (out + x).relu()
         out += x
