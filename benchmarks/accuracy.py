@@ -5,7 +5,7 @@ python benchmarks/accuracy.py
 
 Trained float nets are quantized as a user would: a LightningModule and `Trainer(callbacks=[QuantFusionCallback(...)])`. Accuracy
 is that of `callback.deployed_model` on the whole test set. A seed decides the order of the data, its augmentation, and which
-batches calibrate. Every net has one recipe for all its bits and seeds.
+batches calibrate. Every net has one recipe for all its bits, methods and seeds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm  # type: ignore[import-untyped]  # comes with lightning
 
 from lightning_quant import QuantFusionCallback, convert_model, make_plan, prepare_model
-from lightning_quant.calibrate import calibrate, correct_biases
+from lightning_quant.calibrate import calibrate
 from lightning_quant.equalize import equalize_model
 from lightning_quant.rounding import learn_rounding
 
@@ -50,16 +50,12 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a net is fine-tuned: SGD with momentum 0.9 from `rate` down to 0 (cosine), images moved by up to `shift` pixels.
-
-    `schedule`: what training says to the callback's.
-    """
+    """How a net is fine-tuned: Adam from `rate` down to 0 (cosine), images moved by up to `shift` pixels."""
 
     epochs: int
     rate: float
     batch: int = 64
     shift: int = 2
-    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,8 @@ class Net:
     """A float net of `../shared/data`: `weights`, of `nets.RECIPES`, trained on `data` normalized by `mean` and `std`.
 
     `spread`: channels made uneven by so much, the float function unchanged. `operators`: functions that are quantized as the
-    layers are. `groups`: what torch.ao fuses, and naive rounding folds. `limit`: of the training images.
+    layers are. `added`: how layers are called whose outputs are added. `groups`: what torch.ao fuses, and naive rounding folds.
+    `limit`: of the training images.
     """
 
     weights: str
@@ -77,6 +74,7 @@ class Net:
     recipe: Recipe
     groups: Callable[[nn.Module], list[Group]]
     operators: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     per_tensor: bool = False
     spread: float | None = None
     limit: int | None = None
@@ -90,7 +88,7 @@ def resnet_groups(net: nn.Module) -> list[Group]:
     groups: list[Group] = [("conv", "bn", "relu")]
     for name, block in net.named_modules():
         if hasattr(block, "conv2"):
-            groups += [(f"{name}.conv1", f"{name}.bn1"), (f"{name}.conv2", f"{name}.bn2")]
+            groups += [(f"{name}.conv1", f"{name}.bn1", f"{name}.relu"), (f"{name}.conv2", f"{name}.bn2")]
             groups += [(f"{name}.down.0", f"{name}.down.1")] if block.down is not None else []
     return groups
 
@@ -102,14 +100,14 @@ def depthwise_groups(net: nn.Module) -> list[Group]:
 
 
 _depthwise = Net(
-    weights="emoji_ds_relu", data="emoji32", mean=0.5, std=0.5, recipe=Recipe(epochs=6, rate=0.01), groups=depthwise_groups,
+    weights="emoji_ds_relu", data="emoji32", mean=0.5, std=0.5, recipe=Recipe(epochs=6, rate=1e-3), groups=depthwise_groups,
     operators=("mean",),
 )  # fmt: skip
 _resnet = Net(
-    weights="photos_resnet", data="photos32", mean=0.5, std=0.25, recipe=Recipe(epochs=3, rate=0.02), groups=resnet_groups,
-    operators=("add", "AdaptiveAvgPool2d"),
+    weights="photos_resnet", data="photos32", mean=0.5, std=0.25, recipe=Recipe(epochs=3, rate=5e-4), groups=resnet_groups,
+    operators=("add", "AdaptiveAvgPool2d"), added=("conv2", "down.0"),
 )  # fmt: skip
-_seed = Net(weights="animals_seed", data="animals28", mean=0.25, std=0.40, recipe=Recipe(epochs=3, rate=0.01), groups=seed_groups)
+_seed = Net(weights="animals_seed", data="animals28", mean=0.25, std=0.40, recipe=Recipe(epochs=3, rate=5e-4), groups=seed_groups)
 NETS: dict[str, Net] = {
     "animals": _seed,
     "photos": _resnet,
@@ -119,15 +117,15 @@ NETS: dict[str, Net] = {
     "depthwise-relu": _depthwise,
     "emoji": replace(_resnet, weights="emoji_resnet", data="emoji32", std=0.5, recipe=replace(_resnet.recipe, epochs=1)),
     "mnist": replace(
-        _seed, weights="mnist_seed", data="mnist", mean=0.1307, std=0.3081, recipe=Recipe(epochs=1, rate=0.001), limit=12000
+        _seed, weights="mnist_seed", data="mnist", mean=0.1307, std=0.3081, recipe=Recipe(epochs=1, rate=1e-4), limit=12000
     ),
 }
 TRAINED = ("qat", "lsq")
-CALIBRATED = ("calibrated", "+ equalized", "+ biases", "+ rounding")  # each on top of those before
+CALIBRATED = ("calibrated", "equalized", "equalized + biases", "equalized + rounding")
 LEARNED = CALIBRATED[-1]
 ENDS = "*"
 NAIVE, TORCH_AO = "naive", "torch.ao"
-LANES = (NAIVE, *CALIBRATED, *TRAINED, "qat, equalized", "dorefa", TORCH_AO)
+LANES = (NAIVE, *CALIBRATED, *TRAINED, "qat, equalized", "lsq+", "dorefa", TORCH_AO)
 UNTRAINED = (NAIVE, *CALIBRATED[:3])
 SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "animals": {
@@ -142,6 +140,7 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "W4A8": (*UNTRAINED, "qat"),
         "W3A8": (*UNTRAINED, *TRAINED),
         "W2A8": (*UNTRAINED, *TRAINED),
+        "W4A4": (NAIVE, "calibrated", "lsq", "lsq+"),
         "W4A4*": (*UNTRAINED, *TRAINED),
     },
     "uneven30": {"W8A8": (*UNTRAINED, LEARNED, "qat", "qat, equalized", TORCH_AO)},
@@ -247,37 +246,40 @@ def folded(model: nn.Module, groups: Sequence[Group]) -> nn.Module:
 
 @torch.no_grad()
 def naive(net: Net, setting: str, x: Tensor) -> nn.Module:
-    """Weights rounded to nearest by their absolute maximum, inputs of layers by their range on `x`; no training."""
+    """Weights rounded to nearest by their absolute maximum, what layers and additions read by its range on `x`; no training."""
     model = float_net(net)
     ends = ends_of(model) if setting.endswith(ENDS) else []
     model = folded(model, net.groups(model))
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    bits: dict[nn.Module, tuple[int, int]] = {
-        layer: (8, 8) if name in ends else bits_of(setting) for name, layer in layers.items()
-    }
-    ranges = dict.fromkeys(bits, (0.0, 0.0))
+    ranges: dict[str, tuple[float, float]] = {}
+    nearest: dict[nn.Conv2d | nn.Linear, Tensor] = {}
+    seeing = True
 
-    def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        low, high = ranges[layer]
-        ranges[layer] = min(low, float(args[0].min())), max(high, float(args[0].max()))
-
-    def rounds(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (low, high), most = ranges[layer], 2 ** bits[layer][1] - 1
-        scale = (high - low) / most
+    def rounded(name: str, y: Tensor, bits: int) -> Tensor:
+        if seeing:
+            low, high = ranges.get(name, (0.0, 0.0))
+            ranges[name] = min(low, float(y.min())), max(high, float(y.max()))
+            return y
+        low, high = ranges[name]
+        scale = (high - low) / (2**bits - 1)
         zero = round(-low / scale)
-        return (((args[0] / scale).round() + zero).clamp(0, most).sub(zero) * scale, *args[1:])
+        q: Tensor = ((y / scale).round() + zero).clamp(0, 2**bits - 1)
+        return q.sub(zero).mul(scale)
 
-    handles = [layer.register_forward_pre_hook(see) for layer in bits]
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weight, read = (8, 8) if name in ends else bits_of(setting)
+            w = layer.weight
+            most = w.abs().amax() if net.per_tensor else w.abs().amax(tuple(range(1, w.dim())), keepdim=True)
+            scale = most.clamp(min=1e-12) / (2 ** (weight - 1) - 1)
+            layer.register_forward_pre_hook(lambda _, args, name=name, read=read: (rounded(name, args[0], read), *args[1:]))
+            if net.added and name.endswith(net.added):
+                layer.register_forward_hook(lambda _, args, y, name=name: rounded(f"{name} out", y, bits_of(setting)[1]))
+            nearest[layer] = (w / scale).round() * scale
     for part in x.split(64):
         model(part)
-    for handle in handles:
-        handle.remove()
-    for layer in layers.values():
-        w = layer.weight
-        most = w.abs().amax() if net.per_tensor else w.abs().amax(tuple(range(1, w.dim())), keepdim=True)
-        scale = most.clamp(min=1e-12) / (2 ** (bits[layer][0] - 1) - 1)
-        w.copy_((w / scale).round() * scale)
-        layer.register_forward_pre_hook(rounds)
+    seeing = False
+    for layer, w in nearest.items():
+        layer.weight.copy_(w)
     return model
 
 
@@ -300,7 +302,7 @@ class Classifier(LightningModule):
         return F.cross_entropy(self(shifted(x, self.recipe.shift)), y)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.recipe.rate, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.recipe.rate)
         steps = max(int(self.trainer.estimated_stepping_batches), 1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -338,9 +340,7 @@ def fit(model: nn.Module, net: Net, seed: int, **options: Any) -> LightningModul
 
 def fine_tuned(net: Net, setting: str, seed: int, method: str = "qat", *, equalize: bool = False) -> nn.Module:
     """The deployed model after training by the net's recipe."""
-    callback = QuantFusionCallback(
-        config_list(net, setting, method), calibration={"equalize": equalize}, root="net", schedule=net.recipe.schedule, verbose=0
-    )
+    callback = QuantFusionCallback(config_list(net, setting, method), calibration={"equalize": equalize}, root="net", verbose=0)
     fit(float_net(net), net, seed, callbacks=[callback])
     assert callback.deployed_model is not None
     return callback.deployed_model
@@ -356,7 +356,7 @@ def calibrated(net: Net, setting: str, seed: int, *, equalize: bool = False, bia
 
 
 def learned(net: Net, setting: str, seed: int) -> nn.Module:
-    """The same without a Trainer, with learned rounding."""
+    """Ranges, equalized channels and learned rounding, without a Trainer; `ITERATIONS` of them a layer."""
     generator = torch.Generator().manual_seed(seed)
     x = data_of(net).train[0]
     batches = list(x[torch.randperm(len(x), generator=generator)[: 64 * CALIBRATION]].split(64))
@@ -365,7 +365,6 @@ def learned(net: Net, setting: str, seed: int) -> nn.Module:
     prepare_model(model, make_plan(model, config_list(net, setting, "qat"), example_input=batches[0]))
     calibrate(model, batches)
     learn_rounding(model, batches, iterations=ITERATIONS, seed=seed)
-    correct_biases(model, batches)
     return convert_model(model.eval())
 
 
@@ -375,20 +374,20 @@ def learned(net: Net, setting: str, seed: int) -> nn.Module:
 def torch_ao(net: Net, setting: str, seed: int) -> nn.Module:
     """torch.ao's eager QAT at 8 bits by the same recipe, in eval mode: its simulation, not its integer kernels."""
     quantization: Any = torch.ao.quantization
-    observer, fake = torch.ao.quantization.FusedMovingAvgObsFakeQuantize, torch.ao.quantization
     model = float_net(net)
     for block in model.modules():
         if hasattr(block, "conv2") and hasattr(block, "down"):
             block.sum = torch.ao.nn.quantized.FloatFunctional()
             block.forward = _residual.__get__(block)
-    weight = fake.fused_wt_fake_quant_range_neg_127_to_127
+    weight = quantization.fake_quantize.fused_wt_fake_quant_range_neg_127_to_127
     if not net.per_tensor:
-        weight = fake.fused_per_channel_wt_fake_quant_range_neg_127_to_127
+        weight = quantization.fake_quantize.fused_per_channel_wt_fake_quant_range_neg_127_to_127
+    activation = quantization.FusedMovingAvgObsFakeQuantize.with_args(quant_min=0, quant_max=255)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated, and says so at every call
         fused = quantization.fuse_modules_qat(model.train(), [list(group) for group in net.groups(model)])
         wrapped = quantization.QuantWrapper(fused)
-        wrapped.qconfig = quantization.QConfig(activation=observer.with_args(quant_min=0, quant_max=255), weight=weight)
+        wrapped.qconfig = quantization.QConfig(activation=activation, weight=weight)
         prepared: nn.Module = quantization.prepare_qat(wrapped.train())
         fit(prepared, net, seed)
     return prepared.apply(quantization.disable_observer).eval()
