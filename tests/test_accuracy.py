@@ -47,26 +47,25 @@ def assert_bits_are_real(net: Net, setting: str, deployed: nn.Module) -> None:
     assert max(int(a.max()) for a in inner) < 2 ** bits_of(setting)[1]
 
 
-# The mean of three seeds has to reach 96.4, 89.0, 88.5, 66 and 67.5; float nets have 96.9, 90.4, 90.4, 69.2 and 69.2.
+# net, bits, lane, what it must reach, what naive rounding must not. Float nets have 96.9, 90.4 and 69.2; the three seeds of the
+# benchmark end 0.4, 1.5, 0.8, 2.0 and 0.3 points or more above the first five bars.
 BARS = [
-    ("animals", "W3A8", "qat", 96.2, 88.0),
-    ("photos", "W3A8", "qat", 88.0, 75.0),
-    ("photos", "W4A4*", "lsq", 87.5, 100.0),
+    ("animals", "W3A8", "qat", 96.4, 88.0),
+    ("photos", "W3A8", "qat", 89.0, 75.0),
+    ("photos", "W4A4*", "lsq", 88.5, 86.0),
     ("uneven30", "W8A8", "qat, equalized", 66.0, 20.0),
-    ("uneven100", "W8A8", "qat, equalized", 67.0, 60.0),
-    ("animals", "W2A8", "lsq", 95.0, 50.0),
+    ("uneven100", "W8A8", "qat, equalized", 67.5, 60.0),
+    ("animals", "W2A8", "lsq", 95.5, 50.0),
 ]
 
 
 @pytest.mark.parametrize(("name", "setting", "lane", "least", "most"), BARS)
 def test_training_wins_back_what_naive_rounding_loses(name: str, setting: str, lane: str, least: float, most: float) -> None:
-    """`most`: what naive rounding must not reach, else this test would say nothing."""
+    """If naive rounding came near, this test would say nothing."""
     net = NETS[name]
-    naive = percent(net, run_lane(net, setting, NAIVE, 0))
+    assert percent(net, run_lane(net, setting, NAIVE, 0)) <= most
     deployed = run_lane(net, setting, lane, 0)
-    reached = percent(net, deployed)
-    assert naive <= most
-    assert reached >= least
+    assert percent(net, deployed) >= least
     assert_bits_are_real(net, setting, deployed)
 
 
