@@ -34,8 +34,8 @@ class Calibration:
         equalize: equalize the channels between layers first, the float function unchanged (`equalize_model`).
         batches: with how many batches of the training data the ranges are found, in eval mode (`calibrate`). None: 32 if the
             trainer is to train nothing (`max_epochs=0`) or a target has method `ptq`, else 0, so that training finds them.
-        correct_biases: take the mean error of rounding out of biases (`correct_biases`).
         learn_rounding: learn for each weight whether to round it up or down (`learn_rounding`); only where nothing is trained.
+        correct_biases: take the mean error of rounding out of biases (`correct_biases`).
 
     Raises:
         ConfigError: for a value of another type.
@@ -43,8 +43,8 @@ class Calibration:
 
     equalize: bool = False
     batches: int | None = None
-    correct_biases: bool = False
     learn_rounding: bool = False
+    correct_biases: bool = False
 
     def __post_init__(self) -> None:
         wrong = self.batches is not None and (type(self.batches) is not int or self.batches < 0)
@@ -135,8 +135,9 @@ def calibrated(calibration: Calibration, model: nn.Module, calls: list[Call], *,
     if not calls:
         return False
     calibrate(model, calls)
-    reports: list[Any] = [correct_biases(model, calls)] if calibration.correct_biases else []
-    reports += [learn_rounding(model, calls)] if calibration.learn_rounding else []
+    # Corrected biases are the quantized model's: rounding that is learned after them would learn what they have moved.
+    reports: list[Any] = [learn_rounding(model, calls)] if calibration.learn_rounding else []
+    reports += [correct_biases(model, calls)] if calibration.correct_biases else []
     if verbose:
         said = "".join(f"\n{report}" for report in reports)
         rank_zero_info(f"calibration: ranges found with {len(calls)} batches{said}")

@@ -23,27 +23,30 @@ class _LearnedGrid(torch.autograd.Function):
     x gets g where x / s lies inside the ends, 0 elsewhere (Esser et al. 2020, equation 5). s gets the sum of g (round(x / s)
     - x / s) inside and g times the end outside (equation 3), which is (sum(g y) - sum(g_x x)) / s. The offset gets the sum of
     g outside (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
+
+    y is computed again for the gradient, not kept: the model may write into it (`out += x`).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any, factor: float) -> Tensor:
         s = float(scale.detach()) if on_host(x) else scale
         y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
-        ctx.save_for_backward(x, scale, y, *(end for end in (low, high) if isinstance(end, Tensor)))
+        ctx.save_for_backward(x, scale, *(end for end in (low, high) if isinstance(end, Tensor)))
         ctx.ends = (low, high) if not isinstance(low, Tensor) else None
         ctx.factor, ctx.offset = factor, offset is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, y, *ends = ctx.saved_tensors
+        x, scale, *ends = ctx.saved_tensors
         low, high = ends or ctx.ends
-        g = grads[0]
+        g, s = grads[0], scale
         if on_host(x):
             s = float(scale.detach())
             inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
         else:
             inside = g * (x > low * scale).logical_and_(x < high * scale)
+        y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
         by_scale = ((g * y).sum() - (inside * x).sum()).float().div_(scale).mul_(ctx.factor)
         by_offset = (g.sum() - inside.sum()).float().mul_(ctx.factor) if ctx.offset else None
         return inside, by_scale, by_offset, None, None, None

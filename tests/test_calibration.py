@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import Lit, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model
-from lightning_quant.calibrate import calibrate
+from lightning_quant.calibrate import calibrate, correct_biases
 from lightning_quant.calibration import BATCHES, Calibration
 from lightning_quant.prepare import prepared_groups, quantizer_state, quantizers_of
+from lightning_quant.rounding import learn_rounding
 
 TrainerMaker = Callable[..., Trainer]
 LAYERS = [{"op_types": ["Conv2d", "Linear"]}]
@@ -50,6 +52,26 @@ def test_a_fit_without_epochs_calibrates_and_converts(calibration: Any, quiet_tr
     prepare_model(twin, make_plan(twin, LAYERS, example_input=X))
     calibrate(twin, [x for x, _ in loader()][: 2 if calibration else BATCHES])
     assert quantizer_state(model) == quantizer_state(twin)
+
+
+def test_biases_are_corrected_for_the_rounding_that_was_learned(
+    quiet_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    briefly = partial(learn_rounding, iterations=20)
+    monkeypatch.setattr("lightning_quant.calibration.learn_rounding", briefly)
+    low = [{**LAYERS[0], "target_settings": {"weight": {"quant_dtype": "int2"}}}]
+    calibration = {"batches": 2, "correct_biases": True, "learn_rounding": True}
+    callback = QuantFusionCallback(low, calibration=calibration, verbose=0)
+    quiet_trainer(max_epochs=0, callbacks=[callback]).fit(lit(), loader(), loader(seed=1))
+    twin, batches = lit(), [x for x, _ in loader()][:2]
+    prepare_model(twin, make_plan(twin, low, example_input=X))
+    calibrate(twin, batches)
+    briefly(twin, batches)
+    learned = evaluated(twin)
+    correct_biases(twin, batches)
+    assert callback.deployed_model is not None
+    assert torch.equal(evaluated(callback.deployed_model), evaluated(twin))
+    assert not torch.equal(learned, evaluated(twin)), "there was something to correct"
 
 
 def test_no_steps_are_no_training_either(quiet_trainer: TrainerMaker) -> None:

@@ -180,6 +180,36 @@ def test_pact(signed: bool) -> None:
     assert quantizer.alpha.grad.item() == pytest.approx(by_alpha, rel=1e-6)
 
 
+class Residual(nn.Module):
+    """A convolution whose output is added to, in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.inplace = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x))
+        if not self.inplace:
+            return (out + x).relu()
+        out += x
+        return out.relu_()
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "pact"])
+def test_what_a_quantizer_gave_may_be_overwritten(method: str) -> None:
+    found: list[dict[str, Tensor]] = []
+    for inplace in (False, True):
+        model = Residual(inplace)
+        prepare_model(model, make_plan(model, [{"op_types": ["Conv2d"], "method": method}], example_input=X)).train()
+        model(X).square().sum().backward()
+        learned = {name: one.grad for name, one in learned_parameters(model).items()}
+        found.append({k: g for k, g in {**learned, "weight": model.conv.weight.grad}.items() if g is not None})
+    assert len(found[0]) >= 3
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
 def test_a_batch_with_nan_is_no_beginning() -> None:
     quantizer = LsqActivation(spec("uint8", "lsq"), "conv._output_")
     with pytest.warns(UserWarning, match="conv._output_: a batch holds NaN or infinity"):
