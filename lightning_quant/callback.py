@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
@@ -25,13 +24,15 @@ from lightning_quant.calibration import Calibration, calibrated, equalized, gath
 from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
-from lightning_quant.export import ParityError, export_model, export_options
+from lightning_quant.delivery import check_conversion, write_files
+from lightning_quant.export import export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
 from lightning_quant.monitor import Ranges, begin_count, checked_interval, drift, end_count, ranges_of
 from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
+    checked_memory,
     drop_deployed_layers,
     fits,
     give_to_optimizers,
@@ -45,11 +46,10 @@ from lightning_quant.prepare import (
     rounds_all,
     take_from_optimizers,
 )
-from lightning_quant.record import copied, moved, split_example, undisturbed
+from lightning_quant.record import moved
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
 from lightning_quant.symbolic import trace
-from lightning_quant.targets import tensors_in
 
 _FLOAT = Phase(observe=False, quantize=False)
 
@@ -86,6 +86,9 @@ class QuantFusionCallback(Callback):
             `model<suffix>` written in `on_fit_end` by the first process, not in a `fast_dev_run`. They hold the module that was
             recorded: the LightningModule, or `root`, or the first module that `training_step` calls.
         dirpath: folder of those files; None for the trainer's log folder.
+        memory: "exact", or "lean" for less memory and more time in training, the numbers being the same: what gradients need is
+            kept as a byte a value (methods with learned scales keep four), and rounded weights are rounded again in backward.
+        simulate_bias: round biases in training, too, to the int32 grid on which they are deployed; eval does so in any case.
         log_every_n_steps: every so many training steps (counted as Lightning does for its own loggers) these go to the Trainer's
             loggers and `callback_metrics`: `quant/phase` (0: nothing is rounded, 1: weights or some layers, 2: everything),
             `quant/observe` and `quant/freeze_batch_norm` (0 or 1), `quant/clipped_mean` and `quant/clipped_max` (share of an
@@ -122,6 +125,8 @@ class QuantFusionCallback(Callback):
         source: Literal["best", "last"] = "best",
         export: str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        memory: Literal["exact", "lean"] = "exact",
+        simulate_bias: bool = False,
         log_every_n_steps: int | None = None,
         verbose: int = 1,
     ) -> None:
@@ -133,6 +138,7 @@ class QuantFusionCallback(Callback):
         if source not in ("best", "last"):
             raise ConfigError(f"source: {source!r} is not one of best, last.")
         self.schedule, self.calibration = Schedule.make(schedule), Calibration.make(calibration)
+        self.memory, self.simulate_bias = checked_memory(memory), simulate_bias
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
         self.plan: Plan | None = None
@@ -174,7 +180,7 @@ class QuantFusionCallback(Callback):
             restore_model(pl_module)
             if before is not None and state is not None:
                 self.plan = before
-                prepare_model(pl_module, before)
+                self._prepare(pl_module, before)
                 self._load(pl_module, state)
             raise
         if self.verbose:
@@ -188,7 +194,7 @@ class QuantFusionCallback(Callback):
         calls = gather() if state is None else []
         if state is None:
             equalized(self.calibration, entry, self._example, verbose=self.verbose)
-        prepare_model(pl_module, plan)
+        self._prepare(pl_module, plan)
         if state is not None and again and not fits(pl_module, state["quantizers"]):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state, calls = None, gather()
@@ -201,6 +207,9 @@ class QuantFusionCallback(Callback):
             self._load(pl_module, state)
         give_to_optimizers(pl_module, trainer.optimizers)
         self._module, self._pending = pl_module, None
+
+    def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
+        prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
 
     def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         scope, why = scope_of(pl_module, self.root), "no example input was found"
@@ -343,13 +352,13 @@ class QuantFusionCallback(Callback):
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
         deployed = convert_model(twin)
         if self._example is not None:
-            _check_conversion(twin.get_submodule(self._entry), deployed.get_submodule(self._entry), self._example)
+            check_conversion(twin.get_submodule(self._entry), deployed.get_submodule(self._entry), self._example)
         self.deployed_model = deployed
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
-            self._export(folder)
+            write_files(deployed.get_submodule(self._entry), folder, self.export, self._example, verbose=self.verbose)
 
     def _unfinished(self, pl_module: pl.LightningModule) -> str | None:
         """Why there is nothing to convert: eval mode would not show what is shipped."""
@@ -397,25 +406,6 @@ class QuantFusionCallback(Callback):
         )
         return None
 
-    def _export(self, folder: Path) -> None:
-        assert self.deployed_model is not None
-        if self.export and self._example is None:
-            raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
-        failed: list[Exception] = []
-        for suffix, options in self.export.items():
-            model = self.deployed_model.get_submodule(self._entry)
-            try:
-                path = export_model(model, folder / f"model{suffix}", **{"example_input": self._example, **options})
-            except (ConfigError, ParityError, OSError) as error:  # the other formats may well succeed
-                failed.append(error)
-            else:
-                if self.verbose:
-                    rank_zero_info(f"{type(self).__name__}: wrote {path}")
-        for further in failed[1:]:
-            rank_zero_warn(f"{type(self).__name__}: {further}")
-        if failed:
-            raise failed[0]
-
     # -- state: plain numbers, tensors and strings, so that checkpoints load with weights_only=True -----------------------
 
     @property
@@ -460,37 +450,6 @@ class QuantFusionCallback(Callback):
         load_quantizer_state(pl_module, state["quantizers"])
         self._run, self._logged = state["run"], dict(state.get("logged", {}))
         self._set_phase(pl_module, Phase(**state["phase"]), state.get("layers"))  # states of old lack both
-
-
-def _check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:
-    """Raise a ParityError unless both give the same numbers; a forward that looks into its layers may not."""
-    args, kwargs = split_example(example)
-
-    def outputs(model: nn.Module) -> list[torch.Tensor]:
-        with undisturbed(model), isolate_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            return list(tensors_in(model(*copied(args), **copied(kwargs))))
-
-    try:
-        expected = outputs(prepared)
-    except Exception as error:  # noqa: BLE001  (a forward that needs its trainer, say: nothing is known against the conversion)
-        rank_zero_warn(f"the conversion was not checked: a copy of the trained model fails outside the Trainer: {error}")
-        return
-    try:
-        found = outputs(deployed)
-        same = len(expected) == len(found) and all(map(_equal, expected, found))
-        why = "gives other numbers than the prepared model in eval mode"
-    except Exception as error:  # noqa: BLE001  (whatever the user's forward stumbles on)
-        same, why = False, f"fails: {error}"
-    if not same:
-        raise ParityError(
-            f"the converted model {why} on the example input. A forward that reads the weight or the dtype of a fused layer "
-            "cannot be converted: leave that layer out of config_list. The trained model is unharmed."
-        )
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _step_to_log(trainer: pl.Trainer) -> int:

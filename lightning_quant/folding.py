@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.integer import FoldedWeight, one_a_block, storage
+from lightning_quant.config import TensorSpec
+from lightning_quant.integer import FoldedWeight, bias_steps, one_a_block, storage
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, affine_of
 from lightning_quant.quantizers import wide
-from lightning_quant.weights import WeightQuantizer
+from lightning_quant.weights import WeightGrid, WeightQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,23 +180,40 @@ def _signs(layer: Layer) -> Tensor | None:
     return negative
 
 
+def _folded_grid(layer: Layer) -> tuple[WeightGrid, Tensor, Tensor, TensorSpec]:
+    """(grid, what has its integers there, the float64 scales of the folded weight, their spec)."""
+    quantizer = layer.weight
+    assert quantizer is not None
+    spec, w, factor = quantizer.spec, wide(weight_of(layer.head).detach()), _factor(layer, torch.float64)
+    if not _commutes(layer, quantizer):
+        w = w if factor is None else w * factor.to(w.dtype)
+        grid = quantizer.grid(w)
+        return grid, w, grid.scale.double(), spec
+    grid = quantizer.grid(w)  # (1) in fusion.py: the integers are those of the unfolded weight
+    if factor is None:
+        return grid, w, grid.scale.double(), spec
+    if spec.granularity == "per_tensor":  # one scale, times one for each channel
+        spec = replace(spec, granularity="out_channel")
+    return grid, w, grid.scale.double() * factor, spec
+
+
+def bias_error(layer: Layer, x_scale: float | Tensor) -> Tensor:
+    """What the int32 grid of the deployed layer adds to its bias, float64 (C,), at most half a step s_x s_w.
+
+    For weights with one scale, or one for each output channel; `x_scale`: the scale of the layer's input.
+    """
+    _, _, scale, _ = _folded_grid(layer)
+    bias = _folded_bias(layer)
+    step = bias_steps(scale.flatten().expand(bias.shape[0]).to(torch.float32), bias, x_scale)
+    return torch.round(bias / step).mul_(step).sub_(bias)
+
+
 def fold(layer: Layer) -> FoldedWeight:
     """The layer's weight on the integers that training used, with its norms folded in."""
     quantizer, head = layer.weight, layer.head
     assert quantizer is not None
-    spec, w = quantizer.spec, wide(weight_of(head).detach())
-    factor = _factor(layer, torch.float64)
-    if _commutes(layer, quantizer):
-        grid = quantizer.grid(w)  # (1) in fusion.py: the integers are those of the unfolded weight
-        q, scale = quantizer.integers(w, grid), grid.scale.double()
-        scale = scale if factor is None else scale * factor
-        if factor is not None and spec.granularity == "per_tensor":  # one scale, times one for each channel
-            spec = replace(spec, granularity="out_channel")
-    else:
-        folded = w if factor is None else w * factor.to(w.dtype)
-        grid = quantizer.grid(folded)
-        q, scale = quantizer.integers(folded, grid), grid.scale.double()
-    zero, negative = grid.zero_point, _signs(layer)
+    grid, w, scale, spec = _folded_grid(layer)
+    q, zero, negative = quantizer.integers(w, grid), grid.zero_point, _signs(layer)
     # sign(k) goes into the integers: -q, or the mirror of q on an unsigned grid; the zero point goes with them.
     mirror = spec.qmin + spec.qmax
     if negative is not None:

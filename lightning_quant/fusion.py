@@ -35,7 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.folding import Layer, channel_float, channel_weight, fold, folded_float, rounded_weight, weight_of
+from lightning_quant.folding import (
+    Layer,
+    bias_error,
+    channel_float,
+    channel_weight,
+    fold,
+    folded_float,
+    rounded_weight,
+    weight_of,
+)
 from lightning_quant.group import Group, Member, Strays, hidden, join
 from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.keys import WEIGHT
@@ -198,11 +207,23 @@ class FusedGroup(Ending):
         self.input, self.input_owned, self.input_applied = input, input_owned, input_applied
         self.weight, self.bias = weight, bias
         self.head: nn.Module | None = None  # where a norm before it begins the group
+        self.simulate_bias = False  # the bias is rounded as it will be deployed
+        self.bias_error: Tensor | None = None  # in this pass, for the norm behind the head
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
         """Of the input, of what a curve reads and of the end, where they are rounded."""
         return [quantizer for quantizer in (self.input, self.inner, self.output) if quantizer is not None]
+
+    @property
+    def ends_in_curve(self) -> bool:
+        """Whether an activation that is no clamp ends the group."""
+        return self.activation is not None and self.clamp is None
+
+    @property
+    def end(self) -> ActivationQuantizer | None:
+        """Of what the weighted layer itself gives, a clamp included."""
+        return self.inner if self.ends_in_curve else self.output
 
     @property
     def parameter_quantizers(self) -> list[WeightQuantizer]:
@@ -240,6 +261,21 @@ class FusedGroup(Ending):
             return contextlib.nullcontext()
         return rounded_again(weight_of(head), rounded[WEIGHT])
 
+    def note_bias_error(self, head: nn.Module, x: Tensor) -> Tensor | None:
+        """What rounding adds to the bias of the deployed layer, of the head's dtype, or None where it is not simulated.
+
+        While batch norm moves with its batches there is no folded bias yet to round.
+        """
+        self.bias_error = None
+        norms = [norm for norm in (self.norm_before, self.norm) if isinstance(norm, BatchNorm)]
+        known = self.phase.freeze_batch_norm or not any(norm.training for norm in norms)
+        if not (self.simulate_bias and known and self.input is not None and self.input.ready and integers_throughout(head, self)):
+            return None
+        if self.rounds_parameters and self.phase.quantize_activations:
+            with torch.no_grad():
+                self.bias_error = bias_error(self.layer(head), self.input.scale_for(x)).to(weight_of(head).dtype)
+        return self.bias_error
+
     def rounded_parameters(self, head: nn.Module) -> dict[str, Tensor]:
         """The head's quantized parameters on their grids, with gradient."""
         rounded: dict[str, Tensor] = {}
@@ -258,8 +294,10 @@ def _batch_norm(norm: Any, own: Callable[[Tensor], Tensor], x: Tensor, group: Fu
     """A batch norm itself, with statistics that the schedule can stop."""
     # Without a momentum somebody recomputes the statistics (Lightning's SWA, torch's update_bn): that must get through.
     frozen = group.phase.freeze_batch_norm and isinstance(norm, BatchNorm) and norm.training and norm.momentum is not None
-    if frozen and norm.running_mean is not None:
-        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    error = group.bias_error if norm is group.norm and isinstance(norm, BatchNorm) else None
+    if (frozen or error is not None) and norm.running_mean is not None:
+        bias = norm.bias if error is None else error if norm.bias is None else norm.bias + error
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, bias, False, 0.0, norm.eps)
     return own(x)
 
 
@@ -275,6 +313,9 @@ class _Head(Member):
             return group.hand_on(deployed, 0, True)
         x = input if behind else group.round_input(input)
         rounded = group.rounded_parameters(self) if group.rounds_parameters else {}
+        error, bias = group.note_bias_error(self, x) if group.simulate_bias else None, self._parameters.get("bias")
+        if error is not None and group.norm is None and bias is not None:
+            rounded["bias"] = rounded.get("bias", bias) + error
         with hidden(self, rounded), group.kept_for_backward(self, rounded):
             y: Tensor = self._made_own(x, *rest, **named)
         end = group.finish(self, y)
@@ -358,19 +399,25 @@ def runs_on_integers(spec: TensorSpec | None) -> bool:
     return spec is not None and spec.bits <= 8 and spec.granularity in ("per_tensor", "out_channel")
 
 
+def integers_throughout(head: nn.Module, group: FusedGroup) -> bool:
+    """Whether the deployed layer multiplies integers: every tensor is on a grid that integer kernels take.
+
+    No CPU runtime has an integer kernel for transposed convolutions, and none takes signs. Only linear layers give floats.
+    """
+    ends = [quantizer for quantizer in (group.input, group.end) if quantizer is not None]
+    specs: list[TensorSpec | None] = [quantizer.spec for quantizer in ends]
+    specs += [] if isinstance(head, BatchNorm) else [None if group.weight is None else group.weight.spec]
+    whole = all(map(runs_on_integers, specs)) and not any(quantizer.spec.method == "bnn" for quantizer in ends)
+    given = group.input is not None and (group.end is not None or Geometry.of(head).kind == "linear")
+    return whole and given and not isinstance(head, TRANSPOSED)
+
+
 def deployed_layer(head: nn.Module, group: FusedGroup) -> nn.Module:
     """The layer that replaces a group after training, from its numbers as they are now; owns all its tensors."""
     geometry, normalises = Geometry.of(head), isinstance(head, BatchNorm)
-    curve = group.activation is not None and group.clamp is None
-    end = group.inner if curve else group.output
-    x, y = (None if quantizer is None else quantizer.grid() for quantizer in (group.input, end))
+    x, y = (None if quantizer is None else quantizer.grid() for quantizer in (group.input, group.end))
     rectify = None if group.clamp is None or isinstance(y, Grid) else group.clamp
-    specs: list[TensorSpec | None] = [quantizer.spec for quantizer in (group.input, end) if quantizer is not None]
-    specs += [] if normalises else [None if group.weight is None else group.weight.spec]
-    whole = all(map(runs_on_integers, specs))
-    whole = whole and isinstance(x, Grid) and (isinstance(y, Grid) or geometry.kind == "linear")
-    if whole and not isinstance(head, TRANSPOSED):  # no CPU runtime has an integer kernel for transposed convolutions
-        assert isinstance(x, Grid) and not isinstance(y, BlockGrid | SignGrid)
+    if integers_throughout(head, group) and isinstance(x, Grid) and not isinstance(y, BlockGrid | SignGrid):
         weight = channel_weight(head) if normalises else fold(group.layer(head))
         layer: nn.Module = IntegerLayer(weight, geometry, x, y, rectify)
     elif normalises:
@@ -379,7 +426,7 @@ def deployed_layer(head: nn.Module, group: FusedGroup) -> nn.Module:
         layer = PartlyIntegerLayer(folded_float(group.layer(head)), geometry, x, y, rectify)
     else:
         layer = PartlyIntegerLayer(fold(group.layer(head)), geometry, x, y, rectify)
-    if curve:
+    if group.ends_in_curve:
         assert group.activation is not None
         out = None if group.output is None else group.output.grid()
         layer = ActivatedLayer(layer, own_forward(group.activation), out)

@@ -236,9 +236,19 @@ def _explicit_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ..
     return tuple(sides)
 
 
+def _least_steps(bias: Tensor, x_scale: float | Tensor) -> Tensor:
+    """The least scale of a weight for its bias, float32 (C,): s_w >= 2 |b| / (s_x (2^31 - 1)), else int32 overflows."""
+    return (bias.abs() * 2 / (x_scale * _INT32_MAX)).to(torch.float32)
+
+
+def bias_steps(scale: Tensor, bias: Tensor, x_scale: float | Tensor) -> Tensor:
+    """The step of each channel's int32 bias, s_x s_w, float64 (C,). `scale`: of the weight, float32 (C,); `bias`: float64."""
+    return torch.maximum(scale, _least_steps(bias, x_scale)).double() * x_scale
+
+
 def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:
-    """The same weight on steps large enough for its bias: s_w >= 2 |b| / (s_x (2^31 - 1)), else int32 overflows."""
-    least = (folded.bias.abs() * 2 / (x_scale * _INT32_MAX)).to(torch.float32)
+    """The same weight on steps large enough for its bias."""
+    least = _least_steps(folded.bias, x_scale)
     floor = least if folded.scale.dim() else least.max()
     if not bool((floor > folded.scale).any()):
         return folded

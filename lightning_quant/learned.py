@@ -121,6 +121,10 @@ class LearnedActivation(ActivationQuantizer):
         scale = self._scale()
         return float32(float(scale)), int(self._zero(scale))
 
+    def scale_for(self, x: Tensor) -> float | Tensor:
+        """As for every quantizer."""
+        return self._numbers()[0] if on_host(x) else self._scale()
+
     def __call__(self, x: Tensor) -> Tensor:
         """x on the grid, same shape and dtype, with gradients to x and to what is learned."""
         if not torch.compiler.is_compiling():

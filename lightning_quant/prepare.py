@@ -44,10 +44,12 @@ from lightning_quant.weights import WeightQuantizer
 from lightning_quant.wrapped import ModuleGroup, WrappedModule
 
 
-def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact") -> nn.Module:
+def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact", simulate_bias: bool = False) -> nn.Module:
     """Attach `plan` to `model`, in place, and return it.
 
-    `memory`: "exact", or "lean" for less memory and more time in training (see `checked_memory`). Afterwards `model.train()`
+    `memory`: "exact", or "lean" for less memory and more time in training (see `checked_memory`). `simulate_bias`: training
+    rounds biases to the int32 grid that they are deployed on, s_x s_w (those that batch norm moves, once it is frozen); eval
+    always does. It matters at few bits, where that grid is coarse, and costs a pass over each weight. Afterwards `model.train()`
     quantizes and moves the ranges, `model.eval()` runs the folded integer layers on frozen ranges (float until every range of
     a layer is known; simulated where gradients are asked for). Parameters, buffers, their names and order, hooks and
     `state_dict()` are as before: classes change, nothing is replaced or renamed.
@@ -66,6 +68,8 @@ def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact") -> nn.
     places = {layer.name: place for place, layer in enumerate(sorted(plan.layers, key=lambda layer: layer.order))}
     for (group, _), layer in zip(groups, plan.layers, strict=True):
         group.shares, group.place, group.lean = _shares(group, layer), places[layer.name], lean
+        if isinstance(group, FusedGroup):
+            group.simulate_bias = simulate_bias
         if isinstance(group, Ending):  # a hook may hand on another tensor, too
             group.loose = layer.loose or any(modules[name]._forward_hooks for name in (layer.name, *layer.fused_with)[:-1])
             through = group.activation.site.through if isinstance(group.activation, Operator) else ""

@@ -359,6 +359,10 @@ class ActivationQuantizer:
         assert self.low is not None and self.high is not None, self.name
         return affine_range(float(self.low), float(self.high), self.spec)
 
+    def scale_for(self, x: Tensor) -> float | Tensor:
+        """The scale now: a number where x is on the host, else a tensor there. `ready` must hold; one for the tensor."""
+        return self._numbers()[0] if on_host(x) else self._scale_and_zero(x.device)[0]
+
     def clipped_share(self, x: Tensor) -> float:
         """The share of x's values, in [0, 1], whose integer lies outside [qmin, qmax] before the clamp.
 

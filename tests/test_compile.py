@@ -44,7 +44,8 @@ def prepared(method: str = "qat", types: tuple[str, ...] = ("Conv2d", "BatchNorm
     x, net = torch.randn(4, 3, 10, 10), Net(attends="MultiheadAttention" in types)
     dtype = {"quant_dtype": "int1"} if method == "bnn" else {}
     entry = {"op_types": list(types), "method": method, **dtype, **keys}
-    prepare_model(net, make_plan(net, [entry], example_input=x)).train()
+    options = {key: entry.pop(key) for key in ("memory", "simulate_bias") if key in entry}
+    prepare_model(net, make_plan(net, [entry], example_input=x), **options).train()
     return net
 
 
@@ -157,6 +158,7 @@ def test_what_needs_python_is_left_to_it(keys: dict[str, Any], why: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_trains_as_without() -> None:
     net = prepared()
@@ -208,6 +210,30 @@ def test_blocks_and_affine_weights_do_not_wait_either(granularity: str) -> None:
     net.to("meta")
     net(torch.empty(4, 3, 10, 10, device="meta")).sum().backward()
     assert net.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("options", [{"memory": "lean"}, {"simulate_bias": True}], ids=str)
+def test_options_do_not_wait_either(options: dict[str, Any]) -> None:
+    net = prepared(**options)
+    net.to("meta")
+    x = torch.empty(4, 3, 10, 10, device="meta")
+    net(x).sum().backward()
+    apply_phase(net, Phase(observe=False, freeze_batch_norm=True))
+    net(x).sum().backward()
+    assert net.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("options", [{"memory": "lean"}, {"simulate_bias": True}], ids=str)
+def test_options_compile(options: dict[str, Any]) -> None:
+    net = prepared(types=("Linear",), **options)
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="aot_eager")
+    for phase in (Phase(), Phase(observe=False, freeze_batch_norm=True)):
+        x = torch.randn(4, 3, 10, 10)
+        for model in (net, twin):
+            apply_phase(model, phase)
+        torch.testing.assert_close(step(net, compiled, x), step(twin, twin, x), rtol=1e-4, atol=1e-5)
+    assert breaks() == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
