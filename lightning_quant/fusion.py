@@ -294,7 +294,7 @@ def _batch_norm(norm: Any, own: Callable[[Tensor], Tensor], x: Tensor, group: Fu
     """A batch norm itself, with statistics that the schedule can stop."""
     # Without a momentum somebody recomputes the statistics (Lightning's SWA, torch's update_bn): that must get through.
     frozen = group.phase.freeze_batch_norm and isinstance(norm, BatchNorm) and norm.training and norm.momentum is not None
-    error = group.bias_error if norm is group.norm and isinstance(norm, BatchNorm) else None
+    error = group.bias_error if norm is group.norm and isinstance(norm, BatchNorm) and (frozen or not norm.training) else None
     if (frozen or error is not None) and norm.running_mean is not None:
         bias = norm.bias if error is None else error if norm.bias is None else norm.bias + error
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, bias, False, 0.0, norm.eps)
