@@ -65,8 +65,9 @@ def draw(results: Sequence[Cell], settings: Settings, lanes: Sequence[str], path
             points = sorted(curves[net].get(lane, []))
             if len(points) > 1:
                 means = [statistics.fmean(values) for _, values in points]
-                below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
-                above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
+                # A mean of equal numbers may be rounded past them.
+                below = [max(0.0, mean - min(values)) for mean, (_, values) in zip(means, points, strict=True)]
+                above = [max(0.0, max(values) - mean) for mean, (_, values) in zip(means, points, strict=True)]
                 place = [math.log2(bits) for bits, _ in points]
                 axes.errorbar(
                     place, means, yerr=[below, above], label=lane, color=f"C{index}", marker="o", markersize=3, capsize=2
