@@ -124,36 +124,36 @@ TRAINED = ("qat", "lsq")
 CALIBRATED = ("calibrated", "equalized", "equalized + biases", "equalized + rounding")
 LEARNED = CALIBRATED[-1]
 ENDS = "*"
-NAIVE, TORCH_AO = "naive", "torch.ao"
-LANES = (NAIVE, *CALIBRATED, *TRAINED, "qat, equalized", "lsq+", "dorefa", TORCH_AO)
+NAIVE, TORCH_AO, FURTHER = "naive", "torch.ao", "float, same training"
+LANES = (NAIVE, *CALIBRATED, *TRAINED, "qat, equalized", "lsq+", "dorefa", TORCH_AO, FURTHER)
 UNTRAINED = (NAIVE, *CALIBRATED[:3])
 SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "animals": {
-        "W8A8": (*UNTRAINED, "qat", TORCH_AO),
+        "W8A8": (*UNTRAINED, "qat", TORCH_AO, FURTHER),
         "W4A8": (*UNTRAINED, "qat"),
         "W3A8": (*UNTRAINED, LEARNED, *TRAINED),
         "W2A8": (*UNTRAINED, LEARNED, *TRAINED, "dorefa"),
         "W4A4": (*UNTRAINED, *TRAINED),
     },
     "photos": {
-        "W8A8": (*UNTRAINED, "qat", TORCH_AO),
+        "W8A8": (*UNTRAINED, "qat", TORCH_AO, FURTHER),
         "W4A8": (*UNTRAINED, "qat"),
         "W3A8": (*UNTRAINED, *TRAINED),
         "W2A8": (*UNTRAINED, *TRAINED),
         "W4A4": (NAIVE, "calibrated", "lsq", "lsq+"),
         "W4A4*": (*UNTRAINED, *TRAINED),
     },
-    "uneven30": {"W8A8": (*UNTRAINED, LEARNED, "qat", "qat, equalized", TORCH_AO)},
-    "uneven100": {"W8A8": (*UNTRAINED, LEARNED, "qat", "qat, equalized", TORCH_AO)},
-    "depthwise": {"W8A8": (*UNTRAINED, "qat", TORCH_AO)},
+    "uneven30": {"W8A8": (*UNTRAINED, LEARNED, "qat", "qat, equalized", TORCH_AO, FURTHER)},
+    "uneven100": {"W8A8": (*UNTRAINED, LEARNED, "qat", "qat, equalized", TORCH_AO, FURTHER)},
+    "depthwise": {"W8A8": (*UNTRAINED, "qat", TORCH_AO, FURTHER)},
     "depthwise-relu": {
-        "W8A8": (*UNTRAINED, "qat", TORCH_AO),
+        "W8A8": (*UNTRAINED, "qat", TORCH_AO, FURTHER),
         "W4A8": (*UNTRAINED, LEARNED, *TRAINED),
         "W3A8": (*UNTRAINED, LEARNED, *TRAINED),
         "W2A8": (*UNTRAINED, LEARNED, *TRAINED),
     },
-    "emoji": {"W8A8": (*UNTRAINED, "qat", TORCH_AO)},
-    "mnist": {"W8A8": (*UNTRAINED, "qat", TORCH_AO)},
+    "emoji": {"W8A8": (*UNTRAINED, "qat", TORCH_AO, FURTHER)},
+    "mnist": {"W8A8": (*UNTRAINED, "qat", TORCH_AO, FURTHER)},
 }
 
 
@@ -416,6 +416,8 @@ def run_lane(net: Net, setting: str, lane: str, seed: int) -> nn.Module:
         if lane == LEARNED:
             return learned(net, setting, seed)
         return calibrated(net, setting, seed, equalize=steps >= 1, biases=steps >= 2)
+    if lane == FURTHER:
+        return fit(float_net(net), net, seed).eval()
     if lane == TORCH_AO:
         return torch_ao(net, setting, seed)
     method, _, equalized = lane.partition(", ")

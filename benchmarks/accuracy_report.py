@@ -11,6 +11,7 @@ from typing import Any
 
 Cell = dict[str, Any]  # net, setting, lane, seed and, once run, accuracy (percent) and seconds
 Settings = Mapping[str, Mapping[str, Sequence[str]]]  # net -> bits ("W3A8") -> lanes
+Found = Mapping[tuple[str, str, str], list[float]]  # (net, setting, lane) -> accuracy of each seed
 BASE = "float"
 
 
@@ -29,19 +30,30 @@ def said(values: Sequence[float]) -> str:
 
 
 def table(results: Sequence[Cell], settings: Settings, lanes: Sequence[str]) -> str:
-    """Markdown: a block of rows for each net, a column for each of its bits, a row for each lane."""
-    found, blocks = grouped(results), []
+    """Markdown: for each net with several bits a table with a column for each; one for all other nets. A row for each lane."""
+    found = grouped(results)
+    several: list[str] = []
+    single: list[tuple[str, str]] = []
     for net, by_bits in settings.items():
-        columns = [bits for bits in by_bits if any(key[:2] == (net, bits) for key in found)]
-        rows = [lane for lane in lanes if any((net, bits, lane) in found for bits in columns)]
-        if rows:
-            base = f"{net} (float {said(found[net, BASE, BASE])})"
-            lines = ["| " + " | ".join([base, *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
-            for lane in rows:
-                values = [found.get((net, bits, lane)) for bits in columns]
-                lines.append("| " + " | ".join([lane, *(said(one) if one else "" for one in values)]) + " |")
-            blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+        keys = [(net, bits) for bits in by_bits if any(key[:2] == (net, bits) for key in found)]
+        if len(keys) > 1:
+            several.append(_block(found, _headed(found, net), [(bits, (net, bits)) for _, bits in keys], lanes))
+        single += keys if len(keys) == 1 else []
+    last = [(f"{_headed(found, net)} {bits}", (net, bits)) for net, bits in single]
+    return "\n\n".join([*several, *([_block(found, "", last, lanes)] if last else [])])
+
+
+def _headed(found: Found, net: str) -> str:
+    return f"{net} (float {said(found[net, BASE, BASE])})"
+
+
+def _block(found: Found, corner: str, columns: Sequence[tuple[str, tuple[str, str]]], lanes: Sequence[str]) -> str:
+    rows = [lane for lane in lanes if any((*key, lane) in found for _, key in columns)]
+    lines = ["| " + " | ".join([corner, *(title for title, _ in columns)]) + " |", "|" + "---|" * (len(columns) + 1)]
+    for lane in rows:
+        values = [found.get((*key, lane)) for _, key in columns]
+        lines.append("| " + " | ".join([lane, *(said(one) if one else "" for one in values)]) + " |")
+    return "\n".join(lines)
 
 
 def draw(results: Sequence[Cell], settings: Settings, lanes: Sequence[str], path: Path) -> None:
@@ -65,8 +77,9 @@ def draw(results: Sequence[Cell], settings: Settings, lanes: Sequence[str], path
             points = sorted(curves[net].get(lane, []))
             if len(points) > 1:
                 means = [statistics.fmean(values) for _, values in points]
-                below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
-                above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
+                # A mean of equal numbers may be rounded past them.
+                below = [max(0.0, mean - min(values)) for mean, (_, values) in zip(means, points, strict=True)]
+                above = [max(0.0, max(values) - mean) for mean, (_, values) in zip(means, points, strict=True)]
                 place = [math.log2(bits) for bits, _ in points]
                 axes.errorbar(
                     place, means, yerr=[below, above], label=lane, color=f"C{index}", marker="o", markersize=3, capsize=2

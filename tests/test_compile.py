@@ -16,8 +16,6 @@ from lightning_quant import make_plan, prepare_model
 from lightning_quant.prepare import apply_phase, learned_parameters, prepared_groups, quantizers_of
 from lightning_quant.schedule import Phase
 
-# torch's compiler makes an instance of every autograd.Function that it follows, and torch then warns of instances.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 METHODS = ["qat", "lsq", "lsq+", "pact", "dorefa", "bnn"]
 
 
