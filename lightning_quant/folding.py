@@ -151,7 +151,7 @@ def _commutes(layer: Layer, quantizer: WeightQuantizer) -> bool:
     return quantizer.unfolded or (alone and quantizer.commutes(weight_of(layer.head)))
 
 
-def _folded_bias(layer: Layer) -> Tensor:
+def folded_bias(layer: Layer) -> Tensor:
     """b' = b k + t (with what a norm before the layer adds to b), float64 (C,); b on its grid if it has one."""
     weight, parameter = weight_of(layer.head), layer.head._parameters.get("bias")
     bias: Tensor | None = parameter
@@ -203,7 +203,7 @@ def bias_error(layer: Layer, x_scale: float | Tensor) -> Tensor:
     For weights with one scale, or one for each output channel; `x_scale`: the scale of the layer's input.
     """
     _, _, scale, _ = _folded_grid(layer)
-    bias = _folded_bias(layer)
+    bias = folded_bias(layer)
     step = bias_steps(scale.flatten().expand(bias.shape[0]).to(torch.float32), bias, x_scale)
     return torch.round(bias / step).mul_(step).sub_(bias)
 
@@ -232,7 +232,7 @@ def fold(layer: Layer) -> FoldedWeight:
         q=(q - spec.offset).to(storage(spec)),
         scale=scale.to(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny),
         zero_point=None if zero is None else (zero - spec.offset).to(storage(spec)),
-        bias=_folded_bias(layer),
+        bias=folded_bias(layer),
     )
 
 
@@ -251,7 +251,7 @@ def folded(layer: Layer) -> tuple[Tensor, Tensor]:
         w = w * over_outputs(scale_and_shift(layer.norm)[0], layer.head)
     if layer.norm_before is not None:
         w = w * over_inputs(scale_and_shift(layer.norm_before)[0], layer.head)
-    return w, _folded_bias(layer)
+    return w, folded_bias(layer)
 
 
 def folded_float(layer: Layer) -> tuple[Tensor, Tensor]:

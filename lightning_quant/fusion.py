@@ -41,6 +41,7 @@ from lightning_quant.folding import (
     channel_float,
     channel_weight,
     fold,
+    folded_bias,
     folded_float,
     rounded_weight,
     weight_of,
@@ -51,7 +52,7 @@ from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
 from lightning_quant.sites import Operator
-from lightning_quant.weights import WeightQuantizer, rounded_again
+from lightning_quant.weights import WeightQuantizer, exchanged, rounded_again
 
 # -- the state that the members of a group share ----------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ class FusedGroup(Ending):
         self._members = [module for module in (norm, activation) if module is not None]
         self.input, self.input_owned, self.input_applied = input, input_owned, input_applied
         self.weight, self.bias = weight, bias
-        self.head: nn.Module | None = None  # where a norm before it begins the group
+        self.head: nn.Module | None = None
         self.simulate_bias = False  # the bias is rounded as it will be deployed
         self.bias_error: Tensor | None = None  # in this pass, for the norm behind the head
 
@@ -276,6 +277,17 @@ class FusedGroup(Ending):
                 self.bias_error = bias_error(self.layer(head), self.input.scale_for(x)).to(weight_of(head).dtype)
         return self.bias_error
 
+    def settled(self, y: Tensor) -> Tensor:
+        """What head and norm made, channels that are deployed as constants exchanged for them (`_faint_step`)."""
+        faint = None if self.weight is None or not self.rounds_parameters else self.weight.faint
+        if faint is None or self.head is None:
+            return y
+        with torch.no_grad():
+            shape = [-1] if isinstance(self.head, nn.Linear) else [1, -1, *[1] * (y.dim() - 2)]
+            constant = folded_bias(self.layer(self.head)).to(y.dtype).view(shape)
+            value = torch.where(faint.view(shape), constant, y)
+        return exchanged(y, value)
+
     def rounded_parameters(self, head: nn.Module) -> dict[str, Tensor]:
         """The head's quantized parameters on their grids, with gradient."""
         rounded: dict[str, Tensor] = {}
@@ -318,6 +330,7 @@ class _Head(Member):
             rounded["bias"] = rounded.get("bias", bias) + error
         with hidden(self, rounded), group.kept_for_backward(self, rounded):
             y: Tensor = self._made_own(x, *rest, **named)
+        y = y if group.norm is not None else group.settled(y)
         end = group.finish(self, y)
         return group.hand_on(y if end is None else end, 0, False)
 
@@ -356,6 +369,7 @@ class _NormMember(Member):
         y = _batch_norm(self, self._made_own, input, group)
         if arrival == "foreign":
             return y
+        y = group.settled(y)
         rounded = group.finish(self, y)
         return group.hand_on(y if rounded is None else rounded, 1, False)
 
@@ -382,8 +396,8 @@ def install(group: Ending, head: nn.Module | None) -> None:
     if head is not None:
         join(group, head, _NormHead if isinstance(head, BatchNorm) else _Head)
     if isinstance(group, FusedGroup):
+        group.head = head
         if group.norm_before is not None:
-            group.head = head
             join(group, group.norm_before, _NormBefore)
         if group.norm is not None:
             join(group, group.norm, _NormMember)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.quantizers import MIN_SCALE, block_mean, sign, spread, wide
-from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer, quantize_weight, round_weight
+from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer, exchanged, quantize_weight, round_weight
 
 
 class _LearnedRound(torch.autograd.Function):
@@ -131,18 +131,6 @@ class DorefaWeight(WeightQuantizer):
         return y.to(weight.dtype)
 
 
-class _Exchanged(torch.autograd.Function):
-    """Another value in place of x; the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-
 class _Sign(torch.autograd.Function):
     """+1 at 0; the gradient passes."""
 
@@ -238,7 +226,7 @@ class FixedRounding(WeightQuantizer):
             value = (q if grid.zero_point is None else q - grid.zero_point) * grid.scale
             if fold is not None:
                 value = torch.where(fold == 0, data, value / fold)  # a dead channel: whatever it holds is multiplied by 0
-        y: Tensor = _Exchanged.apply(data, value)
+        y: Tensor = exchanged(data, value)
         return y.to(weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.quantizers import block_mean, block_range, spread, wide
+from lightning_quant.quantizers import block_mean, block_range, on_host, spread, wide
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,23 @@ def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
+class _Exchanged(torch.autograd.Function):
+    """Another value in place of x; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+def exchanged(x: Tensor, value: Tensor) -> Tensor:
+    """`value` in place of x; the gradient passes to x."""
+    return _Exchanged.apply(x, value)  # type: ignore[no-any-return]
+
+
 class _FakeQuantizeWeight(torch.autograd.Function):
     """With a zero point, whose rounding can push an end of the range half a step over the grid, or clipped: a mask is kept."""
 
@@ -119,11 +136,15 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec, channel: tuple[int, ...]) -> Tensor:
-    """The step of a folded weight, seen from the unfolded weight: s / c, and another one for faint channels.
+def _faint_step(
+    weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec, channel: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """(the step of a folded weight, seen from the unfolded weight; which channels are faint, (C,), None where none is).
 
-    A channel whose folded weights all round to 0 (gamma near 0) would have zero batch statistics, and then neither its
-    gamma nor its running variance could ever recover. It is trained on a grid of its own; deployed it is 0 plus beta.
+    The step is s / c. A channel whose folded weights all round to 0 is faint: gamma near 0, or far weaker than the channel that
+    sets the scale. Deployed it is a constant. Its zeros would leave the norm behind it without statistics, and neither gamma
+    nor the running variance could ever recover: so its weights are rounded on a grid of their own here, and what the norm makes
+    of them is exchanged for the constant (`FusedGroup.settled`), the gradient passing as it does through rounding.
     """
     zero: Tensor | float = 0.0 if grid.zero_point is None else grid.zero_point
     low, high = (spread(side, weight.shape) for side in block_range(weight, channel))
@@ -135,7 +156,11 @@ def _faint_step(weight: Tensor, grid: WeightGrid, fold: Tensor, spec: TensorSpec
         most = spread(block_range((weight.abs() / step).round_(), channel)[1], weight.shape)
     else:
         most = (torch.maximum(high, -low) / step).round_()
-    return torch.where(most == 0, torch.where(own > 0, own, 1.0), step)
+    dead = most == 0
+    if on_host(weight) and not bool(dead.any()):
+        return step, None
+    faint = block_range(dead.expand(weight.shape).to(torch.uint8), channel)[0].flatten().bool()
+    return torch.where(dead, torch.where(own > 0, own, 1.0), step), faint
 
 
 def fake_quantize_weight(
@@ -156,20 +181,30 @@ def fake_quantize_weight(
         channel: the block that makes one output channel, as in `block_range`; None for an index of dimension 0.
         ratio: None, or what `narrowed` takes: values beyond the narrower grid are clipped and get no gradient.
     """
+    return _rounded_with_faint(weight, spec, fold, channel, ratio)[0]
+
+
+def _rounded_with_faint(
+    weight: Tensor, spec: TensorSpec, fold: Tensor | None, channel: tuple[int, ...] | None, ratio: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(the weight rounded, which channels are faint, see `_faint_step`)."""
     if weight.dtype in (torch.float16, torch.bfloat16):
-        return fake_quantize_weight(weight.float(), spec, fold, channel, ratio).to(weight.dtype)
-    data = weight.detach()
+        y, faint = _rounded_with_faint(weight.float(), spec, fold, channel, ratio)
+        return y.to(weight.dtype), faint
+    data, faint = weight.detach(), None
     if fold is None and ratio is None and (plain := _plain_step(data, spec)) is not None:
-        return round_weight(weight, plain)
+        return round_weight(weight, plain), None
     with torch.no_grad():
         grid = weight_grid(data if fold is None else data * fold, spec)
         grid = grid if ratio is None else narrowed(grid, ratio, data.shape)
-        step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
+        step = grid.scale
+        if fold is not None:
+            step, faint = _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
     if grid.zero_point is None and ratio is None:
-        return _RoundWeight.apply(weight, step)  # type: ignore[no-any-return]
+        return round_weight(weight, step), faint
     zero = step.new_zeros(()) if grid.zero_point is None else grid.zero_point
     passes = spec.apply_method == "clamp_round"
-    return _FakeQuantizeWeight.apply(weight, step, zero, spec.qmin, spec.qmax, passes)  # type: ignore[no-any-return]
+    return _FakeQuantizeWeight.apply(weight, step, zero, spec.qmin, spec.qmax, passes), faint
 
 
 # -- kept for backward ------------------------------------------------------------------------------------------------
@@ -229,6 +264,7 @@ class WeightQuantizer:
         self.spec, self.name = spec, name
         self.changes = 0  # counts what moved the grid but the weight itself
         self.training = False  # whether this pass is one of training
+        self.faint: Tensor | None = None  # in this pass: which output channels are a constant when deployed
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
@@ -254,7 +290,8 @@ class WeightQuantizer:
 
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The weight rounded, same shape and dtype, with gradient; `fold`, `channel` as in `fake_quantize_weight`."""
-        return fake_quantize_weight(weight, self.spec, fold, channel)
+        y, self.faint = _rounded_with_faint(weight, self.spec, fold, channel, None)
+        return y
 
     def state_dict(self) -> dict[str, Any]:
         """What cannot be had from the weight, as tensors on the host."""
@@ -334,7 +371,8 @@ class MseWeight(WeightQuantizer):
         if self.ratio is None and self.training:
             self.ratio = ratio
             self.changes += 1
-        return fake_quantize_weight(weight, self.spec, fold, channel, ratio)
+        y, self.faint = _rounded_with_faint(weight, self.spec, fold, channel, ratio)
+        return y
 
     def state_dict(self) -> dict[str, Any]:
         """The shares; none before training, which lacks nothing: a weight can be converted without."""
