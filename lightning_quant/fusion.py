@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
 from lightning_quant.folding import Layer, channel_float, channel_weight, fold, folded_float, rounded_weight, weight_of
+from lightning_quant.geometry import Geometry
 from lightning_quant.group import Group, Member, Strays, hidden, join
-from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
+from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
