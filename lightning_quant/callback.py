@@ -74,7 +74,7 @@ class QuantFusionCallback(Callback):
         schedule: a `Schedule`, a dict of its fields, or None for its defaults.
         calibration: what is done with training data before training: a number of batches that ranges are found with, or a dict of
             `batches`, `equalize`, `correct_biases`, `learn_rounding` (see `Calibration`). With `max_epochs=0` that is all, and
-            the model is converted untrained; otherwise None leaves the ranges to training.
+            the model is converted untrained; otherwise None leaves the ranges to training, but for those of method `ptq`.
         root: name of the submodule that the names in `config_list` are relative to; None for the LightningModule.
         example_input: what the root's forward is called with (a tensor, a tuple of positional arguments, a dict of keyword
             arguments or (tuple, dict)). None: `example_input_array`, else a batch of the training data as `training_step`
@@ -181,13 +181,14 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
-        self.plan, self.deployed_model = self._make_plan(trainer, pl_module), None
+        self.plan = plan = self._make_plan(trainer, pl_module)
+        self.deployed_model = None
         entry = pl_module.get_submodule(self._entry)
-        gather = partial(gathered, self.calibration, trainer, pl_module, entry, self._example)
+        gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         calls = gather() if state is None else []
         if state is None:
             equalized(self.calibration, entry, self._example, verbose=self.verbose)
-        prepare_model(pl_module, self.plan)
+        prepare_model(pl_module, plan)
         if state is not None and again and not fits(pl_module, state["quantizers"]):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state, calls = None, gather()

@@ -133,17 +133,24 @@ def method_problem(spec: TensorSpec, activation: bool) -> str | None:
         return f"its values are -1 and 1, quant_dtype 'int1', not {spec.dtype!r}; leave quant_dtype out."
     if spec.dtype == "int1" and spec.method != "bnn":
         return "int1 has one bit, which only method 'bnn' trains."
-    if spec.method == "qat" or (spec.method == "pact" and not activation):
+    if spec.method in ("qat", "ptq") or (spec.method == "pact" and not activation):
         return None
     if spec.observer != "default":
         return f"nothing is observed, so observer {spec.observer!r} is in vain; leave it out."
     if activation:
-        one = spec.granularity == "per_tensor"
-        return None if one else f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
+        return _activation_problem(spec)
     if spec.scheme != "symmetric" or spec.qmin == 0:
         return f"a parameter has a grid without a zero point, quant_scheme 'symmetric' and an int quant_dtype, not {spec}."
     if spec.method in ("dorefa", "bnn") and spec.granularity != "per_tensor":
         return f"a parameter has one scale, granularity 'default' or 'per_tensor', not {spec.granularity}."
+    return None
+
+
+def _activation_problem(spec: TensorSpec) -> str | None:
+    if spec.granularity != "per_tensor":
+        return f"an activation has one scale, granularity 'per_tensor', not {spec.granularity}."
+    if spec.method == "dorefa" and spec.scheme != "affine":
+        return "an activation is cut to [0, 1], quant_scheme 'affine', not 'symmetric', which has levels below 0."
     return None
 
 

@@ -44,8 +44,8 @@ def convert_model(model: nn.Module) -> nn.Module:
     blind = unobserved(model)
     if blind:
         raise ConfigError(
-            f"no range was observed for {', '.join(blind)}: run training steps (model.train()) with "
-            "representative data through these layers first, or leave them out of config_list."
+            f"no range was observed for {', '.join(blind)}: run training steps (model.train()) or, for method 'ptq' at least, "
+            "calibrate(model, batches) with representative data through these layers first, or leave them out of config_list."
         )
     if hooked := _hooked(model):
         warnings.warn(

@@ -28,8 +28,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +48,7 @@ from lightning_quant.weights import WeightQuantizer, rounded_again
 # -- the state that the members of a group share ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Passing:
+class _Passing(NamedTuple):
     """A tensor between two members: its version when it was made, who is to read it, what it is."""
 
     tensor: weakref.ref[Tensor]
@@ -117,8 +115,9 @@ class Ending(Group):
     def hand_on(self, y: Tensor, to: int, integer: bool) -> Tensor:
         """What a member made, on its way to the next one, `members[to]`. `integer`: the deployed layer's result."""
         if not torch.compiler.is_compiling() and to < len(self.members) and not self.again:
-            for key in [key for key, passing in self.under_way.items() if passing.tensor() is None]:
-                self.count(True, training=self.under_way.pop(key).training)
+            if self.under_way:
+                for key in [key for key, passing in self.under_way.items() if passing.tensor() is None]:
+                    self.count(True, training=self.under_way.pop(key).training)
             self.under_way[id(y)] = _Passing(weakref.ref(y), _version(y), to, integer, self.training)
         return y
 
@@ -196,6 +195,7 @@ class FusedGroup(Ending):
     ) -> None:
         super().__init__(name, activation=activation, inner=inner, output=output)
         self.norm_before, self.norm = norm_before, norm
+        self._members = [module for module in (norm, activation) if module is not None]
         self.input, self.input_owned, self.input_applied = input, input_owned, input_applied
         self.weight, self.bias = weight, bias
         self.head: nn.Module | None = None  # where a norm before it begins the group
@@ -213,7 +213,7 @@ class FusedGroup(Ending):
     @property
     def members(self) -> list[nn.Module]:
         """The modules and operators behind the head, in order."""
-        return [module for module in (self.norm, self.activation) if module is not None]
+        return self._members
 
     @property
     def ahead(self) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
 
 from lightning_quant.quantizers import ActivationQuantizer
@@ -144,6 +145,10 @@ class Group:
         follows = [*(one.traces for one in self.quantizers), *(one.traces for one in self.parameter_quantizers)]
         return not self.calibrating and all(follows)
 
+    def _moves(self, quantizer: ActivationQuantizer) -> bool:
+        """Whether this pass moves a range: calibration does, training not where the method is `ptq` (Nagel et al. 2021)."""
+        return self.observing and (self.calibrating or quantizer.spec.method != "ptq")
+
     def rounded(self, quantizer: ActivationQuantizer, x: Tensor, *, owned: bool = True, applied: bool = True) -> Tensor:
         """One activation in this pass: its range moves, then it is rounded.
 
@@ -151,7 +156,7 @@ class Group:
         """
         if not torch.compiler.is_compiling():  # compiled code has no counters: each would be compiled anew at every step
             quantizer.passes += owned
-        if self.observing and owned:
+        if owned and self._moves(quantizer):
             quantizer.observe(x)
         if not (applied and self.phase.quantize_activations and quantizer.ready):
             return x
@@ -171,7 +176,7 @@ class Group:
         self.observing = (head.training or self.calibrating) and self.phase.observe and not self.again
         if not self.again:
             for quantizer in self.quantizers:
-                quantizer.settled = not self.observing
+                quantizer.settled = not self._moves(quantizer)
         for parameter in self.parameter_quantizers:
             parameter.training = self.training
         self.integer_pass = (
@@ -267,6 +272,11 @@ def _empty(recipe: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
+def followed() -> bool:
+    """Whether torch.compile follows this code, or waits to compile the next function it finds."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
 class Member(Made, nn.Module):
     """What all members share: the deployed layer is dropped whenever the numbers behind it may change.
 
@@ -283,7 +293,7 @@ class Member(Made, nn.Module):
         group: Group | None = self.__dict__.get(KEY)
         if group is None:  # a forward made this instance by self.__class__()
             return super().forward(*args, **kwargs)
-        if torch.compiler.is_compiling() and self.training and group.traces:
+        if not followed() or (torch.compiler.is_compiling() and self.training and group.traces):
             return self._made_run(group, *args, **kwargs)
         return self._made_apart(group, *args, **kwargs)
 
@@ -366,6 +376,9 @@ def hidden(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     Python finds an entry of the instance's `__dict__` before `nn.Module.__getattr__` finds the Parameter. What stood there before
     (a call of the same module around this one, say) stands there again afterwards.
     """
+    if not tensors:
+        yield
+        return
     places = [(*owner_of(module, name), tensor) for name, tensor in tensors.items()]
     before = [owner.__dict__.get(name, _ABSENT) for owner, name, _ in places]
     recurrent = [owner for owner in dict.fromkeys(owner for owner, _, _ in places) if isinstance(owner, nn.RNNBase)]

@@ -17,7 +17,7 @@ GRANULARITIES = ("default", "per_tensor", "out_channel", "in_channel", "per_chan
 APPLY_METHODS = ("bypass", "clamp_round", "qat_clamp_round")
 OBSERVERS = ("default", "moving_average", "minmax", "percentile", "entropy", "mse")
 WEIGHT_OBSERVERS = ("default", "mse")  # those that a parameter can have
-METHODS = ("qat", "lsq", "lsq+", "pact", "dorefa", "bnn")
+METHODS = ("qat", "ptq", "lsq", "lsq+", "pact", "dorefa", "bnn")
 INPUT, WEIGHT, OUTPUT = "_input_", "weight", "_output_"
 
 Problems = list[str]
@@ -362,11 +362,12 @@ QUANTIZATION: dict[str, Key] = {
         schema=_one_of(*METHODS),
         default="qat",
         text="How the grid is found and trained. `qat`: the observed range of an activation, the present range of a parameter, "
-        "gradients straight through (Jacob et al. 2018). `lsq`: learned scales (Esser et al. 2020). `lsq+`: learned scales, and "
-        "learned offsets of activations (Bhalgat et al. 2020). `pact`: a learned clipping level of activations, parameters as "
-        "`qat` (Choi et al. 2018). `dorefa`: parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). "
-        "`bnn`: the sign, int1 (Courbariaux et al. 2016). All but `qat` have one scale for an activation, and symmetric grids "
-        "with a sign for parameters.",
+        "gradients straight through (Jacob et al. 2018). `ptq`: as `qat`, but only calibration finds the range of an activation, "
+        "and no training moves it (Nagel et al. 2021); the callback calibrates by itself, and `Trainer(max_epochs=0)` has it do "
+        "no more. `lsq`: learned scales (Esser et al. 2020). `lsq+`: learned scales, and learned offsets of activations (Bhalgat "
+        "et al. 2020). `pact`: a learned clipping level of activations, parameters as `qat` (Choi et al. 2018). `dorefa`: "
+        "parameters through tanh, one scale; activations on [0, 1] (Zhou et al. 2016). `bnn`: the sign, int1 (Courbariaux et al. "
+        "2016). All but `qat` and `ptq` have one scale for an activation, and symmetric grids with a sign for parameters.",
     ),
 }
 _TARGETS: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/target"}}

@@ -23,27 +23,30 @@ class _LearnedGrid(torch.autograd.Function):
     x gets g where x / s lies inside the ends, 0 elsewhere (Esser et al. 2020, equation 5). s gets the sum of g (round(x / s)
     - x / s) inside and g times the end outside (equation 3), which is (sum(g y) - sum(g_x x)) / s. The offset gets the sum of
     g outside (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
+
+    y is computed again for the gradient, not kept: the model may write into it (`out += x`).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any, factor: float) -> Tensor:
         s = float(scale.detach()) if on_host(x) else scale
         y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
-        ctx.save_for_backward(x, scale, y, *(end for end in (low, high) if isinstance(end, Tensor)))
+        ctx.save_for_backward(x, scale, *(end for end in (low, high) if isinstance(end, Tensor)))
         ctx.ends = (low, high) if not isinstance(low, Tensor) else None
         ctx.factor, ctx.offset = factor, offset is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, y, *ends = ctx.saved_tensors
+        x, scale, *ends = ctx.saved_tensors
         low, high = ends or ctx.ends
-        g = grads[0]
+        g, s = grads[0], scale
         if on_host(x):
             s = float(scale.detach())
             inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
         else:
             inside = g * (x > low * scale).logical_and_(x < high * scale)
+        y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
         by_scale = ((g * y).sum() - (inside * x).sum()).float().div_(scale).mul_(ctx.factor)
         by_offset = (g.sum() - inside.sum()).float().mul_(ctx.factor) if ctx.offset else None
         return inside, by_scale, by_offset, None, None, None
@@ -70,7 +73,11 @@ class LearnedActivation(ActivationQuantizer):
         return self.started and super().traces
 
     def observe(self, x: Tensor) -> None:
-        """Begin from the first batch without NaN or infinity."""
+        """Begin from the first batch without NaN or infinity that holds more than zeros.
+
+        A grid that began from zeros would not know their sign or size, and where it has no levels below 0 it would stop the
+        gradient of what is to grow out of them (a batch norm's weight may begin at 0).
+        """
         if self.started or x.numel() == 0:
             return
         x = x.detach().float()
@@ -78,6 +85,8 @@ class LearnedActivation(ActivationQuantizer):
             self._warn()
             return
         x = x.clamp(self.floor, self.cap) if self.rectified else x
+        if not bool(x.any()):
+            return
         with torch.no_grad():
             for parameter in self.learned.values():
                 parameter.data = parameter.data.to(x.device)
@@ -174,8 +183,7 @@ class LsqActivation(LearnedActivation):
         self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
 
     def _bound(self) -> None:
-        with torch.no_grad():
-            self.scale.clamp_(min=MIN_SCALE)
+        self.scale.data.clamp_(min=MIN_SCALE)  # past autograd's version counter: a layer may run twice in one forward
 
     def _scale(self) -> Tensor:
         return self.scale.detach()
@@ -268,8 +276,7 @@ class PactActivation(LearnedActivation):
         self.alpha.fill_(most if most > 0 else 1.0)
 
     def _bound(self) -> None:
-        with torch.no_grad():
-            self.alpha.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))
+        self.alpha.data.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))
 
     def _scale(self) -> Tensor:
         return self.alpha.detach().double() / (self.spec.qmax - self.zero_point)
@@ -292,6 +299,11 @@ class DorefaActivation(ActivationQuantizer):
 
     def observe(self, x: Tensor) -> None:
         """Nothing: the range is fixed."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x on the grid, same shape and dtype. The cut stops the gradient, also where a value beyond an end rounds to it."""
+        cuts = torch.is_grad_enabled() and x.requires_grad and self.spec.apply_method != "clamp_round"
+        return super().__call__(x.clamp(0, 1) if cuts else x)
 
 
 class _SignClipped(torch.autograd.Function):

@@ -347,7 +347,7 @@ def resolve(rule: Rule, setting: Setting, target: str, module: nn.Module) -> tup
     method = keys.get("method", "qat")
     if method in ("dorefa", "bnn") and not activation and keys["granularity"] == "default":
         keys["granularity"] = "per_tensor"
-    if method == "bnn" and not {"quant_dtype"} & {*matching_keys(setting, target, module), *rule.settings, *own}:
+    if method == "bnn" and "quant_dtype" not in {*rule.settings, *own}:  # registered settings have the 8 bits of all the others
         keys.update(quant_dtype="int1", quant_scheme="symmetric")
     granularity, problem = _granularity(keys["granularity"], target, module)
     if problem is not None and "granularity" in own:

@@ -64,8 +64,8 @@ class LsqWeight(WeightQuantizer):
         return {"scale": self.scale}
 
     def _positive(self) -> Tensor:
-        with torch.no_grad():  # a step of the optimizer may have gone past zero
-            self.scale.clamp_(min=MIN_SCALE)
+        # A step of the optimizer may have gone past zero. Past autograd's version counter: a layer may run twice in one forward.
+        self.scale.data.clamp_(min=MIN_SCALE)
         return self.scale
 
     def grid(self, weight: Tensor) -> WeightGrid:
@@ -260,6 +260,7 @@ class FixedRounding(WeightQuantizer):
 
 WEIGHT_METHODS: dict[str, type[WeightQuantizer]] = {
     "qat": WeightQuantizer,
+    "ptq": WeightQuantizer,  # what a parameter is rounded to is known without calibration
     "lsq": LsqWeight,
     "lsq+": LsqPlusWeight,
     "pact": WeightQuantizer,

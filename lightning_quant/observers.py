@@ -408,10 +408,13 @@ class HistogramQuantizer(ActivationQuantizer):
 
     def grid(self) -> Grid:
         """The grid as host numbers; `ready` must hold."""
-        self._update()
         grid = super().grid()
         assert isinstance(grid, Grid)
         return grid
+
+    def _numbers(self) -> tuple[float, int]:
+        self._update()
+        return super()._numbers()
 
     def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
         self._update()

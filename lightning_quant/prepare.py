@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_quant.blocks import BlockQuantizer
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.fusion import Ending, FusedGroup, install
 from lightning_quant.group import Group, Share, group_of, is_group_head, join, leave
@@ -33,7 +34,7 @@ from lightning_quant.learned import ACTIVATION_METHODS
 from lightning_quant.methods import weight_quantizer_kind
 from lightning_quant.observers import OBSERVERS, HistogramQuantizer
 from lightning_quant.patterns import clamp_of
-from lightning_quant.quantizers import ActivationQuantizer, BlockQuantizer
+from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.record import moved
 from lightning_quant.schedule import Phase
 from lightning_quant.settings import kept_bases
@@ -60,7 +61,8 @@ def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact") -> nn.
     for quantizer in quantizers.values():
         quantizer.lean = lean
     sources = {f"{layer.name}.{target}": p.source for layer in plan.layers for target, p in layer.targets.items()}
-    groups = [(_make_group(layer, quantizers, sources, modules), modules[layer.name]) for layer in plan.layers]
+    tied: Tied = {}
+    groups = [(_make_group(layer, quantizers, sources, modules, tied), modules[layer.name]) for layer in plan.layers]
     places = {layer.name: place for place, layer in enumerate(sorted(plan.layers, key=lambda layer: layer.order))}
     for (group, _), layer in zip(groups, plan.layers, strict=True):
         group.shares, group.place, group.lean = _shares(group, layer), places[layer.name], lean
@@ -192,6 +194,7 @@ def _make_group(
     quantizers: Mapping[str, ActivationQuantizer],
     sources: Mapping[str, str | None],
     modules: Mapping[str, nn.Module],
+    tied: Tied,
 ) -> Group:
     targets = {name: target for name, target in layer.targets.items() if target.active}
 
@@ -206,7 +209,7 @@ def _make_group(
 
     module = modules[layer.name]
     own = {name: target.spec for name, target in targets.items() if not is_activation(name)}
-    parameters = {name: _weight_quantizer(layer.name, module, name, spec) for name, spec in own.items()}
+    parameters = {name: _weight_quantizer(layer.name, module, name, spec, tied) for name, spec in own.items()}
     activation = None if layer.activation is None else modules[layer.activation]
     if layer.operator:
         arguments = Arguments(type(module))
@@ -243,11 +246,16 @@ def _make_group(
     )
 
 
-def _weight_quantizer(layer: str, module: nn.Module, name: str, spec: TensorSpec) -> WeightQuantizer:
+# What learns a grid, by its parameter and what is decided for it: layers that share the parameter share the grid.
+Tied = dict[tuple[int, TensorSpec], WeightQuantizer]
+
+
+def _weight_quantizer(layer: str, module: nn.Module, name: str, spec: TensorSpec, tied: Tied) -> WeightQuantizer:
     owner, own_name = owner_of(module, name)
     parameter = owner._parameters[own_name]
     assert parameter is not None
-    return weight_quantizer_kind(spec)(spec, f"{layer}.{name}", parameter)
+    made = weight_quantizer_kind(spec)(spec, f"{layer}.{name}", parameter)
+    return tied.setdefault((id(parameter), spec), made) if made.learned else made
 
 
 def _shares(group: Group, layer: LayerPlan) -> dict[Any, Share]:

@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_quant.config import ConfigError, TensorSpec
+from lightning_quant.config import TensorSpec
 
 MOMENTUM = 0.01
+YOUNG = 100  # so many batches a range that began at nothing widens at once: as many as the average remembers
 # Below this a scale is no longer a normal step for float32 data; NNI and torch floor it at the same value.
 MIN_SCALE = torch.finfo(torch.float32).eps
 
@@ -139,23 +140,35 @@ def _round_to_grid(x: Tensor, scale: Any, low: Any, high: Any) -> Tensor:
     return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
 
 
-class _FakeQuantizeHost(torch.autograd.Function):
-    """Scalars on the host (CPU): backward is one fused pass and stores no mask."""
+# A value beyond half a step outside an end by this share or more rounds to that end, whatever float32 makes of its quotient: two
+# roundings of 2^-24 each lie between. Clamped there first, nothing needs to be clamped after rounding.
+_INWARDS = 1 - 2.0**-22
+
+
+def _fake_quantize(x: Tensor, scale: float, lower: float, upper: float) -> Tensor:
+    """x clamped to [lower, upper] and rounded; its gradient is the clamp's, by torch's own kernels: they save x, need no Python.
+
+    `lower`, `upper`: no farther out than half a step beyond the ends, inwards by `_INWARDS`.
+    """
+    y = F.hardtanh(x, lower, upper)
+    y.detach().div_(scale).round_().mul_(scale)  # the same memory, unseen by autograd
+    return y
+
+
+class _FakeQuantizeThrough(torch.autograd.Function):
+    """`apply_method: clamp_round`: what is clipped passes its gradient, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, lower: float, upper: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = (lower, upper)
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
         return _round_to_grid(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.bounds), None, None, None, None, None
+        return grads[0], None, None, None
 
 
 class _FakeQuantizeLean(torch.autograd.Function):
-    """As `_FakeQuantizeHost`, with the same gradient, but a byte a value is kept for it in place of the tensor."""
+    """As `_fake_quantize`, with the same gradient, but a byte a value is kept for it in place of the tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int, lower: float, upper: float) -> Tensor:
@@ -201,8 +214,10 @@ class ActivationQuantizer:
 
     The first observed batch sets the range, later ones move it: r <- r + 0.01 (r_batch - r) (Jacob et al. 2018), or with
     `observer: minmax` widen it to the least and greatest value seen. While `averaged` counts, the range is the mean of the
-    batches' instead. A batch with NaN or infinity is left out and reported once. On CPU the range is two Python floats; on an
-    accelerator two 0-dim float32 tensors that never leave it. All range arithmetic is float32 or better, whatever autocast says.
+    batches' instead. A range of nothing (a batch norm's weight may begin at 0) is no beginning: the average would clip what grows
+    out of it for a hundred steps, so for as many the range widens at once. A batch with NaN or infinity is left out and reported
+    once. On CPU the range is two Python floats; on an accelerator two 0-dim float32 tensors that never leave it. All range
+    arithmetic is float32 or better, whatever autocast says.
 
     Args:
         spec: the grid.
@@ -219,6 +234,7 @@ class ActivationQuantizer:
         self.averaged: int | None = None  # while calibrating: the range is the mean of this many batches
         self.low: float | Tensor | None = None
         self.high: float | Tensor | None = None
+        self.young: int | Tensor = 0  # for how many batches it goes on to widen at once
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
         self.passes = 0  # how often the layer that moves its range ran
         self.settled = False  # whether this pass leaves the range alone; what lags behind the batches (observers.py) can tell
@@ -250,6 +266,7 @@ class ActivationQuantizer:
     def forget(self) -> None:
         """Begin anew with the next batch."""
         self.low = self.high = None
+        self.young = 0
         self.changes += 1
 
     def _count(self) -> None:
@@ -264,12 +281,12 @@ class ActivationQuantizer:
         if x.numel() == 0:
             return
         self._count()
-        high = x.amax()
-        low = high.new_zeros(()) if self.rectified and self.floor == 0.0 else x.amin()
+        cut = self.rectified and self.floor == 0.0  # nothing below it counts
         if on_host(x):
-            self._observe_host(float(low), float(high))
+            self._observe_host(0.0 if cut else float(x.amin()), float(x.amax()))
         else:
-            self._observe_device(low.float(), high.float())
+            high = x.amax()
+            self._observe_device((high.new_zeros(()) if cut else x.amin()).float(), high.float())
 
     def _observe_host(self, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -279,12 +296,24 @@ class ActivationQuantizer:
             low, high = (min(max(side, self.floor), self.cap) for side in (low, high))
         if self.low is None or self.high is None:
             self.low, self.high = low, high
-        elif self.spec.observer == "minmax":
+        elif self.spec.observer == "minmax" or self._grows(float(self.low), float(self.high)):
             self.low, self.high = min(float(self.low), low), max(float(self.high), high)
         else:
             self.low, self.high = float(self.low), float(self.high)
             self.low += self.momentum * (low - self.low)
             self.high += self.momentum * (high - self.high)
+
+    @property
+    def _least(self) -> float:
+        """The width of a range whose scale is the least there is."""
+        return MIN_SCALE * (self.spec.qmax - self.spec.qmin)
+
+    def _grows(self, low: float, high: float) -> bool:
+        """Whether the next batch widens the range at once, because it was nothing not long ago."""
+        if self.averaged is None:
+            nothing = max(high, 0.0) - min(low, 0.0) <= self._least
+            self.young = YOUNG if nothing else max(int(self.young) - 1, 0)
+        return self.averaged is None and int(self.young) > 0
 
     def _warn(self) -> None:
         if not self._warned:
@@ -297,21 +326,33 @@ class ActivationQuantizer:
             low, high = low.clamp(self.floor, self.cap), high.clamp(self.floor, self.cap)
         if self.low is None or self.high is None:
             self.low, self.high = torch.full_like(low, math.nan), torch.full_like(high, math.nan)
-        for name, new, widest in (("low", low, torch.minimum), ("high", high, torch.maximum)):
-            old = _on(getattr(self, name), new.device, torch.float32)
+        olds = [_on(side, low.device, torch.float32) for side in (self.low, self.high)]
+        grows: Tensor | None = None
+        if self.averaged is None and self.spec.observer != "minmax":
+            before = self.young if isinstance(self.young, Tensor) else torch.full_like(low, self.young)
+            nothing = olds[1].clamp(min=0) - olds[0].clamp(max=0) <= self._least
+            young = torch.where(nothing, YOUNG, (before - 1).clamp_(min=0))
+            self.young, grows = torch.where(finite, young, before), young > 0
+        for name, old, new, widest in (("low", olds[0], low, torch.minimum), ("high", olds[1], high, torch.maximum)):
             moved = widest(old, new) if self.spec.observer == "minmax" else old + self.momentum * (new - old)
+            moved = moved if grows is None else torch.where(grows, widest(old, new), moved)
             moved = torch.where(torch.isnan(old), new, moved)  # NaN: no batch has counted yet
             setattr(self, name, torch.where(finite, moved, old))
 
     def grid(self) -> Grid | BlockGrid | SignGrid:
         """The grid as host numbers; `ready` must hold. Costs a synchronisation where the range is on an accelerator."""
-        spec, (scale, zero) = self.spec, self._numbers()
-        low, high = spec.qmin, spec.qmax
+        scale, zero = self._numbers()
+        low, high = self._clip(scale, zero)
+        return Grid(scale=scale, zero_point=zero, qmin=self.spec.qmin, qmax=self.spec.qmax, clip_low=low, clip_high=high)
+
+    def _clip(self, scale: float, zero: int) -> tuple[int, int]:
+        """The levels that the absorbed activation leaves."""
+        low, high = self.spec.qmin, self.spec.qmax
         if self.rectified:
             low = max(low, zero + round(self.floor / scale))
             if math.isfinite(self.cap):
                 high = min(high, zero + round(self.cap / scale))
-        return Grid(scale=scale, zero_point=zero, qmin=spec.qmin, qmax=spec.qmax, clip_low=low, clip_high=high)
+        return low, high
 
     def _numbers(self) -> tuple[float, int]:
         """(scale, zero point) of the range."""
@@ -340,19 +381,18 @@ class ActivationQuantizer:
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _on_host(self, x: Tensor) -> Tensor:
-        grid = self.grid()
-        assert isinstance(grid, Grid)
-        low, high = grid.clip_low - grid.zero_point, grid.clip_high - grid.zero_point
+        scale, zero = self._numbers()
+        low, high = (end - zero for end in self._clip(scale, zero))
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return _round_to_grid(x, grid.scale, low, high)
-        lower, upper = (low - 0.5) * grid.scale, (high + 0.5) * grid.scale
+            return _round_to_grid(x, scale, low, high)
+        if self.spec.apply_method == "clamp_round":
+            return _FakeQuantizeThrough.apply(x, scale, low, high)  # type: ignore[no-any-return]
+        lower, upper = (low - 0.5) * scale * _INWARDS, (high + 0.5) * scale * _INWARDS
         if self.absorbs:
             lower, upper = max(lower, self.floor), min(upper, self.cap)
-        if self.spec.apply_method == "clamp_round":
-            lower, upper = -math.inf, math.inf
-        kernel = _FakeQuantizeLean if self.lean else _FakeQuantizeHost
-        y: Tensor = kernel.apply(x, grid.scale, low, high, lower, upper)
-        return y
+        if self.lean:
+            return _FakeQuantizeLean.apply(x, scale, low, high, lower, upper)  # type: ignore[no-any-return]
+        return _fake_quantize(x, scale, lower, upper)
 
     def _on_device(self, x: Tensor) -> Tensor:
         spec = self.spec
@@ -385,84 +425,15 @@ class ActivationQuantizer:
     def state_dict(self) -> dict[str, Any]:
         """The range as plain numbers, None where there is none."""
         low, high = (None if value is None or math.isnan(value) else float(value) for value in (self.low, self.high))
-        return {"low": low, "high": high}
+        return {"low": low, "high": high, **({"young": int(self.young)} if self.young else {})}
 
     def accepts(self, state: dict[str, Any]) -> bool:
         """Whether a saved range is one number a side, as this quantizer's."""
-        return set(state) == {"low", "high"} and not any(isinstance(side, Tensor) and side.dim() for side in state.values())
+        return set(state) - {"young"} == {"low", "high"} and not any(
+            isinstance(side, Tensor) and side.dim() for side in state.values()
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a range saved by `state_dict`."""
-        self.low, self.high = state["low"], state["high"]
+        self.low, self.high, self.young = state["low"], state["high"], state.get("young", 0)
         self.changes += 1
-
-
-class BlockQuantizer(ActivationQuantizer):
-    """An activation with a scale for each block of its dimensions: one for each channel, say.
-
-    The range is a pair of float32 tensors on the device of the activation, shape (dimension / block) along every dimension;
-    that shape belongs to the layer, so a batch that would need another one is an error.
-    """
-
-    def observe(self, x: Tensor) -> None:
-        """Move the ranges by one batch; a block with NaN or infinity is left out."""
-        x = x.detach()
-        if x.numel() == 0:
-            return
-        self._count()
-        low, high = (side.float() for side in block_range(x, self._checked_kernel(x)))
-        if on_host(x) and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            self._warn()
-            return
-        self._observe_device(low, high)
-
-    def _kernel(self, x: Tensor) -> tuple[int, ...]:
-        kernel = self.spec.kernel(x.dim())
-        if len(kernel) != x.dim() or any(block > 0 and size % block for block, size in zip(kernel, x.shape, strict=True)):
-            raise self._misfit(x, "which these blocks do not divide")
-        return kernel
-
-    def _checked_kernel(self, x: Tensor) -> tuple[int, ...]:
-        """The size of a block along each dimension; a ConfigError unless x has one block for each range."""
-        kernel = self._kernel(x)
-        blocks = tuple(1 if block == -1 else size // block for block, size in zip(kernel, x.shape, strict=True))
-        if isinstance(self.low, Tensor) and tuple(self.low.shape) != blocks:
-            raise self._misfit(x, f"its ranges have the shape {tuple(self.low.shape)}, this batch needs {blocks}")
-        return kernel
-
-    def accepts(self, state: dict[str, Any]) -> bool:
-        """Whether a saved range has a value for each block."""
-        sides = [side is None or (isinstance(side, Tensor) and side.dim() > 0) for side in state.values()]
-        return set(state) == {"low", "high"} and all(sides)
-
-    def _misfit(self, x: Tensor, why: str) -> ConfigError:
-        return ConfigError(
-            f"{self.name}: granularity {self.spec.granularity} met a tensor of shape {tuple(x.shape)}: {why}. A scale for each "
-            "block needs dimensions of one size; use 'per_tensor' or -1 for those that change."
-        )
-
-    def grid(self) -> BlockGrid:
-        """Scales and zero points, each value repeated along its block: they broadcast against the activation."""
-        assert isinstance(self.low, Tensor), self.name
-        scale, zero = self._scale_and_zero(self.low.device)
-        return BlockGrid(scale=scale, zero_point=zero, spec=self.spec)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        for dim, block in enumerate(self.spec.kernel(values.dim())):
-            values = values.repeat_interleave(block, dim) if block > 1 else values
-        return values
-
-    def _on_host(self, x: Tensor) -> Tensor:
-        return self._on_device(x)
-
-    def _on_device(self, x: Tensor) -> Tensor:
-        self._checked_kernel(x)
-        return super()._on_device(x)
-
-    def _scale_and_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        scale, zero = super()._scale_and_zero(device)
-        return self._spread(scale), self._spread(zero)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The ranges as tensors on the host, None where there are none."""
-        return {key: side.cpu() if isinstance(side, Tensor) else None for key, side in (("low", self.low), ("high", self.high))}

@@ -156,6 +156,7 @@ _DEVIATIONS = """\
 | the targets of a linear or convolution layer include `bias` | `bias` only where it is named | a bias goes to the int32 grid of its layer by itself |
 | `out_channel` beside `_input_` fails | applies to the weight; the activation keeps one scale, and the plan says so | the commonest wish in one line |
 | `int1` is a grid of nothing but 0 | `int1` is -1 and 1, with method `bnn` | |
+| `PtqQuantizer` observes while it trains (`compress(max_steps)`), parameters too | method `ptq` calibrates in eval mode before training, which `Trainer(max_epochs=0)` leaves out; `is_bias_correction` is `calibration={"correct_biases": True}` | no weight moves for the sake of a range |
 | `apply_method` is overwritten by the quantizer | honoured; left out, `qat_clamp_round` | |
 | a batch with NaN or infinity stays in the range for good | is left out and reported | |
 | `clamp_round` and `qat_clamp_round` give weights the scale of a lagging average | weights use their range now | a lagging range clips weights that grow |

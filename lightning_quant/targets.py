@@ -180,7 +180,7 @@ def parameters_named(module: nn.Module, target: str) -> list[str]:
 def owner_of(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     """(the child that holds a parameter, its name there)."""
     path, _, name = parameter.rpartition(".")
-    return module.get_submodule(path), name
+    return module.get_submodule(path) if path else module, name
 
 
 # -- the tensors of a call ----------------------------------------------------------------------------------------------

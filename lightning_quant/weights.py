@@ -51,6 +51,26 @@ def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
     return WeightGrid(scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax))
 
 
+_SMALL = 1 << 15  # below this many values one pass less is slower than one call less
+
+
+def _plain_step(weight: Tensor, spec: TensorSpec) -> Tensor | None:
+    """The scale of `weight_grid` for training, in fewer steps; None where the grid is not symmetric about zero, or in blocks.
+
+    A channel of zeros has the least scale, not 1: it is rounded to zeros all the same.
+    """
+    if spec.scheme != "symmetric" or spec.qmin != -spec.qmax or spec.granularity not in ("per_tensor", "out_channel"):
+        return None
+    keep = spec.granularity == "out_channel"
+    dims = tuple(range(1 if keep else 0, weight.dim()))
+    if not dims or weight.numel() < _SMALL:
+        size = weight.abs()
+        largest = size.amax(dims, keepdim=keep) if dims else size
+    else:
+        largest = torch.maximum(weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep).neg_())
+    return largest.div_((spec.qmax - spec.qmin) / 2).clamp_(min=torch.finfo(largest.dtype).tiny)
+
+
 def _positive(scale: Tensor) -> Tensor:
     """In place: 1 for a channel of zeros, and never so small that dividing by it overflows."""
     return scale.masked_fill_(scale == 0, 1.0).clamp_(min=torch.finfo(scale.dtype).tiny)
@@ -138,8 +158,10 @@ def fake_quantize_weight(
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
         return fake_quantize_weight(weight.float(), spec, fold, channel, ratio).to(weight.dtype)
+    data = weight.detach()
+    if fold is None and ratio is None and (plain := _plain_step(data, spec)) is not None:
+        return round_weight(weight, plain)
     with torch.no_grad():
-        data = weight.detach()
         grid = weight_grid(data if fold is None else data * fold, spec)
         grid = grid if ratio is None else narrowed(grid, ratio, data.shape)
         step = grid.scale if fold is None else _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))

@@ -281,7 +281,8 @@ WORDS: dict[str, Row] = {
         f"{FIRST}['observer']: 'histogram' is not one of default, moving_average, minmax, percentile, entropy, mse.",
     ),
     "method": row(
-        linear(method="slq"), f"{FIRST}['method']: 'slq' is not one of qat, lsq, lsq+, pact, dorefa, bnn. Did you mean 'lsq'?"
+        linear(method="slq"),
+        f"{FIRST}['method']: 'slq' is not one of qat, ptq, lsq, lsq+, pact, dorefa, bnn. Did you mean 'lsq'?",
     ),
     "target_settings as a list": row(
         linear(target_settings=["weight"]),

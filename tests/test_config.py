@@ -278,8 +278,8 @@ WORDS: list[tuple[str, Any, str]] = [
         "'min_max' is not one of default, moving_average, minmax, percentile, entropy, mse. Did you mean 'minmax'?",
     ),
     ("observer", 0.01, "0.01 is not one of default, moving_average, minmax, percentile, entropy, mse."),
-    ("method", "slq", "'slq' is not one of qat, lsq, lsq+, pact, dorefa, bnn. Did you mean 'lsq'?"),
-    ("method", "quat", "'quat' is not one of qat, lsq, lsq+, pact, dorefa, bnn. Did you mean 'qat'?"),
+    ("method", "slq", "'slq' is not one of qat, ptq, lsq, lsq+, pact, dorefa, bnn. Did you mean 'lsq'?"),
+    ("method", "quat", "'quat' is not one of qat, ptq, lsq, lsq+, pact, dorefa, bnn. Did you mean 'qat'?"),
 ]
 IDS = [f"{key}={value}"[:30] for key, value, _ in WORDS]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from toys import Lit, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, export_model, make_plan, prepare_model
+from lightning_quant.blocks import BlockQuantizer
 from lightning_quant.export import onnxruntime_session
 from lightning_quant.prepare import apply_phase, load_quantizer_state, prepared_groups, quantizer_state
-from lightning_quant.quantizers import BlockQuantizer
 from lightning_quant.schedule import Phase
 
 Array = npt.NDArray[Any]

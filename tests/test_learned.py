@@ -180,6 +180,36 @@ def test_pact(signed: bool) -> None:
     assert quantizer.alpha.grad.item() == pytest.approx(by_alpha, rel=1e-6)
 
 
+class Residual(nn.Module):
+    """A convolution whose output is added to, in place or not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.inplace = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x))
+        if not self.inplace:
+            return (out + x).relu()
+        out += x
+        return out.relu_()
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "pact"])
+def test_what_a_quantizer_gave_may_be_overwritten(method: str) -> None:
+    found: list[dict[str, Tensor]] = []
+    for inplace in (False, True):
+        model = Residual(inplace)
+        prepare_model(model, make_plan(model, [{"op_types": ["Conv2d"], "method": method}], example_input=X)).train()
+        model(X).square().sum().backward()
+        learned = {name: one.grad for name, one in learned_parameters(model).items()}
+        found.append({k: g for k, g in {**learned, "weight": model.conv.weight.grad}.items() if g is not None})
+    assert len(found[0]) >= 3
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+
+
 def test_a_batch_with_nan_is_no_beginning() -> None:
     quantizer = LsqActivation(spec("uint8", "lsq"), "conv._output_")
     with pytest.warns(UserWarning, match="conv._output_: a batch holds NaN or infinity"):
@@ -187,6 +217,22 @@ def test_a_batch_with_nan_is_no_beginning() -> None:
     states = [quantizer.ready]
     quantizer.observe(torch.tensor([[1.0, 2.0]]))
     assert [*states, quantizer.ready] == [False, True]
+
+
+@pytest.mark.parametrize("kind", [LsqActivation, LsqPlusActivation, PactActivation])
+def test_a_batch_of_zeros_is_no_beginning(kind: type[LsqActivation | LsqPlusActivation | PactActivation]) -> None:
+    """Neither sign nor size of what a batch norm of weight 0 will make is known; without levels below 0 it would be stuck."""
+    method = {LsqActivation: "lsq", LsqPlusActivation: "lsq+", PactActivation: "pact"}[kind]
+    quantizer = kind(spec("uint8", method), "x")
+    quantizer.observe(torch.zeros(2, 3))
+    states = [quantizer.ready]
+    quantizer.observe(torch.tensor([[-0.001, 0.0, 0.002]]))
+    x = torch.zeros(1, 3, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert [*states, quantizer.ready] == [False, True]
+    assert quantizer.zero_point > 0
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1.0, 1.0, 1.0]]
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------
@@ -331,6 +377,24 @@ def test_learned_numbers_and_their_names() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned_parameters(model).values())
 
 
+@pytest.mark.parametrize("target", ["weight", "_input_", None])
+def test_one_bit_needs_no_other_key(target: str | None, quiet_trainer: TrainerMaker) -> None:
+    """`method: bnn` says int1 by itself, in an entry or for one target, and a trained net ships."""
+    keys: dict[str, Any] = {"method": "bnn"} if target is None else {"target_settings": {target: {"method": "bnn"}}}
+    entries: list[dict[str, Any]] = [{"op_types": ["Conv2d", "Linear"]}, {"op_names": ["conv2"], **keys}]
+    model = Lit()
+    callback = QuantFusionCallback(entries, verbose=0)
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    assert callback.plan is not None and callback.deployed_model is not None
+    specs = {name: one.spec for name, one in next(x for x in callback.plan.layers if x.name == "conv2").targets.items()}
+    chosen = set(specs) if target is None else {target}
+    assert {name for name, one in specs.items() if (one.dtype, one.scheme) == ("int1", "symmetric")} == chosen
+    assert torch.equal(evaluated(callback.deployed_model), evaluated(model))
+    if target != "_input_":
+        weight = callback.deployed_model.get_submodule("conv2").get_buffer("weight")
+        assert set(weight.flatten().tolist()) == {-1, 1}
+
+
 def test_a_copy_learns_by_itself() -> None:
     model = trained("lsq")
     twin = copy.deepcopy(model)
@@ -339,6 +403,39 @@ def test_a_copy_learns_by_itself() -> None:
         for parameter in learned_parameters(twin).values():
             parameter.mul_(2)
     assert not same(quantizer_state(twin), quantizer_state(model))
+
+
+class Twice(nn.Module):
+    """One layer that runs twice in a forward, on two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) + self.fc(2 * x)
+        return y
+
+
+@pytest.mark.parametrize("method", [*METHODS, "bnn"])
+def test_a_layer_that_runs_twice(method: str) -> None:
+    """Its gradients are the sums over both runs, as those of two layers with the same numbers."""
+    x = torch.randn(4, 6)
+    config = [{"op_types": ["Linear"], "method": method, "high_precision_output": False}]
+    net = Twice()
+    prepare_model(net, make_plan(net, config, example_input=x)).train()(x)
+    twin = copy.deepcopy(net)
+    net(x).sum().backward()
+    for part in (x, 2 * x):
+        twin.fc(part).sum().backward()
+    pairs = zip(
+        [*net.parameters(), *learned_parameters(net).values()],
+        [*twin.parameters(), *learned_parameters(twin).values()],
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_scale_past_zero_is_positive_again() -> None:
@@ -486,6 +583,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an observer": (
         {"method": "lsq", "observer": "minmax"},
         r"method 'lsq' of '_input_' of Linear: nothing is observed, so observer 'minmax' is in vain; leave it out\.",
+    ),
+    "levels below 0 of a dorefa activation": (
+        {"method": "dorefa", "target_settings": {"_input_": {"quant_scheme": "symmetric"}}},
+        r"method 'dorefa' of '_input_' of Linear: an activation is cut to \[0, 1\], quant_scheme 'affine', not 'symmetric'",
     ),
     "scales of a dorefa weight": (
         {"method": "dorefa", "target_settings": {"weight": {"granularity": "out_channel"}}},

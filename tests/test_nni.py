@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_quant import ConfigError, QuantFusionCallback, Schedule, convert_model, make_plan, prepare_model
+from lightning_quant.blocks import BlockQuantizer
 from lightning_quant.export import load_deployed, onnxruntime_session
 from lightning_quant.layers import Plan
 from lightning_quant.matching import TargetPlan
 from lightning_quant.prepare import apply_phase, prepared_groups, quantizer_state, restore_model
-from lightning_quant.quantizers import BlockQuantizer
 from lightning_quant.schedule import Phase
 from lightning_quant.settings import PruningSetting, QuantizationSetting
 

@@ -344,6 +344,41 @@ def test_the_moving_average_of_the_acceptance_list() -> None:
     assert made.state_dict() == state
 
 
+@pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
+def test_a_range_that_began_at_nothing_follows_what_grows(device: bool) -> None:
+    """As behind a batch norm whose weight begins at 0: 100 batches widen it at once, then it is an average again."""
+
+    def observe(made: ActivationQuantizer, *values: float) -> dict[str, Any]:
+        x = torch.tensor(values)
+        made._observe_device(x.amin(), x.amax()) if device else made.observe(x)
+        return made.state_dict()
+
+    made = ActivationQuantizer(activation(), "conv1._output_")
+    for _ in range(3):
+        state = observe(made, 0.0, 0.0)
+    for step in range(1, 100):
+        made = ActivationQuantizer(activation(), "conv1._output_")
+        made.load_state_dict(state)  # as a resumed run has it
+        state = observe(made, -0.05 * step, 0.1 * step)
+        assert (state["low"], state["high"]) == (pytest.approx(-0.05 * step), pytest.approx(0.1 * step))
+    assert state["young"] == 2
+    state = observe(made, -1.0, 1.0)
+    assert (state["high"], state["young"]) == (pytest.approx(9.9), 1), "nothing shrinks yet"
+    state = observe(made, 0.0, 20.0)
+    assert set(state) == {"low", "high"}
+    assert state["high"] == pytest.approx(9.9 + 0.01 * 10.1)
+
+
+def test_a_range_of_nothing_is_judged_by_the_least_scale() -> None:
+    for high, grows in ((255 * 1e-7, True), (255 * 1.3e-7, False)):
+        made = quantizer(0.0, high)
+        made.observe(torch.tensor([0.0, 1.0]))
+        assert (made.state_dict()["high"] == 1.0) == grows
+    constant = quantizer(5.0, 5.0)
+    constant.observe(torch.tensor([0.0, 10.0]))
+    assert constant.state_dict() == {"low": pytest.approx(4.95), "high": pytest.approx(5.05)}
+
+
 def test_ready_after_the_first_batch() -> None:
     made = ActivationQuantizer(activation(), "a")
     assert not made.ready
@@ -434,8 +469,9 @@ def observed_on_host(batches: list[list[float]], **options: Any) -> ActivationQu
         [[-1.0, 1.0], [0.0, math.inf]],
         [[math.nan, 50.0], [-1.0, 1.0]],
         [[-1.0, math.inf], [-1.0, 1.0], [-2.0, 2.0]],
+        [[0.0, 0.0], [math.nan, 1.0], [-1.0, 1.0], [-2.0, math.inf], [-3.0, 5.0], [-0.5, 0.5]],
     ],
-    ids=["one", "three", "negative", "nan inside", "inf last", "nan first", "inf first"],
+    ids=["one", "three", "negative", "nan inside", "inf last", "nan first", "inf first", "nothing first"],
 )
 def test_the_device_observes_what_the_host_observes(batches: list[list[float]], options: dict[str, Any]) -> None:
     device, host = observed_on_device(batches, **options), observed_on_host(batches, **options)
