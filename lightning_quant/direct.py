@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_quant.geometry import Geometry, as_signal
-from lightning_quant.operators import along_channels, exact_float, is_exact_float
+from lightning_quant.operators import along_channels, exact_float, is_exact_float, step_on
 from lightning_quant.quantizers import Grid
 
 EXACT_FLOAT32 = 2**24
@@ -50,8 +50,8 @@ def carried(out: Tensor, dtype: torch.dtype) -> Tensor:
     return out if dtype == torch.float32 or torch.is_autocast_enabled(out.device.type) else out.to(dtype)
 
 
-def round_to(x: Tensor, scale: float, low: int, high: int) -> Tensor:
-    """clamp(round(x / scale), low, high) in float32, a new tensor; the ends count from the zero point."""
+def round_to(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """clamp(round(x / scale), low, high) in float32, a new tensor; scale: (); the ends count from the zero point."""
     return torch.div(x if x.dtype == torch.float32 else x.float(), scale).round_().clamp_(low, high)
 
 
@@ -127,11 +127,14 @@ class DirectLayer:
         self.parts = [part.contiguous() for part in shifted(weight, zero_point).split(self.widths, 1)]
         self.bias = bias.to(torch.float32) if early else None
         self.late = None if early else bias.double()
-        real = x.scale * scale
-        self.factor = along_channels(real if y is None else real / y.scale, 2 if linear else dim, 1)
+        self.x_scale = step_on(x.scale, weight.device)
         self.low, self.high = x.qmin - x.zero_point, x.qmax - x.zero_point
+        factor = self.x_scale * scale
         if y is not None:
-            self.y_low, self.y_high, self.y_scale = y.clip_low - y.zero_point, y.clip_high - y.zero_point, y.scale
+            self.y_scale = step_on(y.scale, weight.device)
+            self.y_low, self.y_high = y.clip_low - y.zero_point, y.clip_high - y.zero_point
+            factor = factor / self.y_scale
+        self.factor = along_channels(factor, 2 if linear else dim, 1)
         self.dim, self.function = dim, "linear" if linear else f"conv{dim - 2}d"
         self.options: tuple[Any, ...] = () if linear else (g.stride, g.padding, g.dilation, g.groups)
 
@@ -146,7 +149,7 @@ class DirectLayer:
         unbatched = g.kind == "conv" and x.dim() == self.dim - 1
         if unbatched:
             x = x.unsqueeze(0)
-        out = self._sum(round_to(x, self.x.scale, self.low, self.high)).mul_(self.factor)
+        out = self._sum(round_to(x, self.x_scale, self.low, self.high)).mul_(self.factor)
         if self.y is not None:
             out = out.round_().clamp_(self.y_low, self.y_high).mul_(self.y_scale)
         elif self.rectify is not None:

@@ -38,7 +38,7 @@ from lightning_quant.direct import (
     worst_sum,
 )
 from lightning_quant.geometry import Geometry, as_signal
-from lightning_quant.operators import along_channels
+from lightning_quant.operators import along_channels, step_on
 from lightning_quant.quantizers import BlockGrid, Grid, SignGrid, sign, wide
 from lightning_quant.weights import WeightQuantizer
 
@@ -127,7 +127,8 @@ class Rounding(nn.Module):
             rounded: Tensor = ops.round_blocks(x, self.scale, self.zero_point, self.low, self.high)
         elif plain(x):
             low, high = self.low - self.grid.zero_point, self.high - self.grid.zero_point
-            rounded = round_to(x, self.grid.scale, low, high).mul_(self.grid.scale)
+            step = step_on(self.grid.scale, x.device)
+            rounded = round_to(x, step, low, high).mul_(step)
         else:
             q = ops.quantize(x, self.grid.scale, self.grid.zero_point, self.low, self.high)
             rounded = ops.dequantize(q, self.grid.scale, self.grid.zero_point)
