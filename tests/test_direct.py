@@ -106,6 +106,16 @@ def test_direct_and_by_operators_are_equal(name: str, weight: str, end: str, nev
     assert torch.equal(layer(x.double()), by_operators.double())
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_sample_is_the_same_in_every_batch(memory: torch.memory_format) -> None:
+    layer = IntegerLayer(folded_of((4, 4, 3, 3)), Geometry.of(nn.Conv2d(4, 4, 3, padding=1)), X, Y)
+    x = torch.randn(40, 4, 24, 24).to(memory_format=memory)
+    together = layer(x)
+    assert torch.equal(together, run_recorded(layer, x)[0])
+    for number in (1, 2, 17):
+        assert torch.equal(together[:number], layer(x[:number]))
+
+
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_rounding_without_operators_is_equal(bits: int, clip: bool) -> None:
