@@ -129,7 +129,7 @@ class DirectLayer:
         self.late = None if early else bias.double()
         self.x_scale = step_on(x.scale, weight.device)
         self.low, self.high = x.qmin - x.zero_point, x.qmax - x.zero_point
-        factor = self.x_scale * scale
+        factor = x.scale * scale
         if y is not None:
             self.y_scale = step_on(y.scale, weight.device)
             self.y_low, self.y_high = y.clip_low - y.zero_point, y.clip_high - y.zero_point
