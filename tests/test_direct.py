@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import IntegerRecorder, run_recorded
 from torch import Tensor, nn
 
@@ -106,6 +107,36 @@ def test_direct_and_by_operators_are_equal(name: str, weight: str, end: str, nev
     assert torch.equal(layer(x.double()), by_operators.double())
 
 
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": (2, 1), "dilation": 2}, {"stride": (1, 2), "padding": 1}], ids=str
+)
+@pytest.mark.parametrize("kernel", [1, 3, (3, 1)])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_a_large_weight_that_meets_few_places_is_one_product(
+    samples: int, kernel: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float_layer = nn.Conv2d(260, 256, kernel, **options)
+    layer = IntegerLayer(folded_of(tuple(float_layer.weight.shape)), Geometry.of(float_layer), X, Y)
+    x = torch.randn(samples, 260, 3, 3)
+    by_operators, _ = run_recorded(layer, x)
+    places = by_operators.numel() // 256
+    called: list[str] = []
+
+    def noted(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            called.append(name)
+            return original(*args)
+
+        return call
+
+    for name in ("conv2d", "linear"):
+        monkeypatch.setattr(F, name, noted(name, getattr(F, name)))
+    got = layer(x)
+    assert set(called) == {"linear" if places <= 9 else "conv2d"}
+    assert got.is_contiguous()
+    assert torch.equal(got, by_operators)
+
+
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_a_sample_is_the_same_in_every_batch(memory: torch.memory_format) -> None:
     layer = IntegerLayer(folded_of((4, 4, 3, 3)), Geometry.of(nn.Conv2d(4, 4, 3, padding=1)), X, Y)
@@ -190,6 +221,16 @@ def test_a_bias_that_float32_cannot_hold_beside_the_sums_is_added_exactly(
     layer = IntegerLayer(folded, Geometry.of(nn.Linear(300, 2)), grid(1.0, 0), None)
     x = torch.randint(0, 256, (50, 300))
     assert torch.equal(layer(x.float()), (int64_sums(x, q, 1) + torch.tensor([int(bias), 1])).float())
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_a_large_bias_in_groups(groups: int, never_operators: Callable[[], None]) -> None:
+    never_operators()
+    q, x = torch.randint(-127, 128, (6, 6 // groups, 3, 3)), torch.randint(0, 256, (2, 6, 5, 5))
+    bias = torch.tensor([2.0**24 + 3, 1, -(2.0**30) - 5, 0, 7, 2.0**23], dtype=torch.float64)
+    folded = FoldedWeight(q=q.to(torch.int8), scale=torch.ones(6), zero_point=None, bias=bias)
+    layer = IntegerLayer(folded, Geometry.of(nn.Conv2d(6, 6, 3, groups=groups)), grid(1.0, 0), None)
+    assert torch.equal(layer(x.float()), (int64_sums(x, q, groups) + bias.long().view(1, -1, 1, 1)).float())
 
 
 def test_a_single_channel_that_is_too_much_is_left_to_the_operators() -> None:
