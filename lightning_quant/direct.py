@@ -125,7 +125,8 @@ class DirectLayer:
         buffers: of the layer, by name: weight, scale, zero_point, bias.
         settings: of the layer: geometry, grid of the input, grid of the output, ends of an activation on a float output.
 
-    `possible`: whether its sums can be split so that float32 holds them; else the operators compute in float64.
+    `possible`: whether its sums can be split so that float32 holds them; else the operators compute in float64. The weights are
+    held in float32, beside the layer's int8: four bytes more a weight, from the first forward on.
     """
 
     def __init__(self, buffers: Buffers, settings: Settings) -> None:
@@ -138,7 +139,7 @@ class DirectLayer:
         g, x, y, dim = self.geometry, self.x, self.y, weight.dim()
         linear = g.kind == "linear"
         found = parts_of(sides_of(weight, zero_point), bias, x)
-        self.possible = found is not None
+        self.possible = found is not None and scale.dtype == torch.float32  # `.half()` reaches scales
         if found is None:
             return
         self.widths, early = found

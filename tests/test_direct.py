@@ -368,6 +368,14 @@ def test_moving_a_layer_drops_the_numbers() -> None:
     assert torch.equal(one(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_scales_of_another_dtype_are_left_to_the_operators(dtype: torch.dtype) -> None:
+    one, _, x = made()
+    one.to(dtype)
+    expected = run_recorded(one, x.to(dtype))[0]
+    assert torch.equal(one(x.to(dtype)), expected)
+
+
 def test_numbers_made_in_inference_mode_serve_outside_it() -> None:
     one, _, x = made()
     fresh = copy.deepcopy(one)
