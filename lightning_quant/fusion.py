@@ -46,8 +46,9 @@ from lightning_quant.folding import (
     rounded_weight,
     weight_of,
 )
+from lightning_quant.geometry import Geometry
 from lightning_quant.group import Group, Member, Strays, hidden, join
-from lightning_quant.integer import ActivatedLayer, Geometry, IntegerLayer, PartlyIntegerLayer, Stamp
+from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
@@ -143,7 +144,8 @@ class Ending(Group):
         """
         if self.again or torch.compiler.is_compiling():
             return "member"
-        genuine = self.expects(to, x) and self.under_way[id(x)].version == _version(x)
+        passing = self.under_way.get(id(x))
+        genuine = passing is not None and passing.tensor() is x and passing.to == to and passing.version == _version(x)
         self.count(not genuine)
         if not genuine:
             changed = next((key for key, passing in self.under_way.items() if passing.to == to), None)
@@ -151,9 +153,11 @@ class Ending(Group):
                 return "foreign"
             del self.under_way[changed]
             return "changed"
-        passing = self.under_way.pop(id(x))
-        if passing.integer and to != HEAD:  # the head makes another tensor
-            self.hand_on(x, to + 1, True)
+        assert passing is not None
+        if passing.integer and to != HEAD and to + 1 < len(self.members):  # the head makes another tensor
+            self.under_way[id(x)] = _Passing(passing.tensor, passing.version, to + 1, True, passing.training)
+        else:
+            del self.under_way[id(x)]
         return "integer" if passing.integer else "member"
 
     def finish(self, member: nn.Module, x: Tensor, own: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:

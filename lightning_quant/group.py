@@ -8,6 +8,7 @@ reaches the group through the instance's `__dict__`. `fusion.py` and `wrapped.py
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ from lightning_quant.targets import owner_of
 from lightning_quant.weights import WeightQuantizer
 
 KEY = "_lightning_quant"
+# Read in every forward of every layer, where `map` takes half the time of a generator.
+_READY, _TRAINING = operator.attrgetter("ready"), operator.attrgetter("training")
+_HOOKS, _PRE_HOOKS = operator.attrgetter("_forward_hooks"), operator.attrgetter("_forward_pre_hooks")
 
 
 class Strays:
@@ -80,7 +84,7 @@ class Group:
         self.simulate = False  # eval mode simulates too, for comparisons
         self.calibrating = False  # eval mode observes too
         self.deployed: nn.Module | None = None  # built at the first eval forward, dropped by train() and eval()
-        self.deployed_from: list[Any] = []  # what it was built on: parameters, buffers, and ranges, which may be another group's
+        self.deployed_from: tuple[list[nn.Module], list[Any], list[int]] = ([], [], [])  # see `_now`
         self.integer_pass = False  # this pass runs the deployed layer
         self.observing = False  # this pass: training or calibrating, and the schedule lets ranges move
         self.again = False  # this pass repeats one for its gradients
@@ -88,7 +92,7 @@ class Group:
         self.shares: dict[Any, Share] = {}  # by what the layer calls the input
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "deployed": None, "deployed_from": []}
+        return {**self.__dict__, "deployed": None, "deployed_from": ([], [], [])}
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
@@ -110,10 +114,18 @@ class Group:
         """The modules before the head, in order."""
         return []
 
+    def read_from(self, head: nn.Module) -> list[nn.Module]:
+        """The modules that the deployed layer is made from."""
+        return [head, *self.ahead, *self.members]
+
     def tensors(self, head: nn.Module) -> list[Tensor]:
         """What the deployed layer is made from, apart from ranges."""
-        modules = (head, *self.ahead, *self.members)
-        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return [tensor for module in self.read_from(head) for tensor in (*module.parameters(), *module.buffers())]
+
+    def _now(self, modules: list[nn.Module]) -> tuple[list[Any], list[int]]:
+        """(parameters, buffers and children of these modules, how often each grid moved, those of other groups too)."""
+        held = [one for m in modules for table in (m._parameters, m._buffers, m._modules) for one in table.values()]
+        return held, [one.changes for one in self.quantizers] + [one.changes for one in self.parameter_quantizers]
 
     def deploy(self, head: nn.Module) -> nn.Module:
         """The layer that replaces the group after training, from its numbers as they are now; owns all its tensors."""
@@ -127,7 +139,7 @@ class Group:
     @property
     def ready(self) -> bool:
         """Whether every quantizer of the group has a range."""
-        return all(quantizer.ready for quantizer in self.quantizers)
+        return all(map(_READY, self.quantizers))
 
     @property
     def rounds_all(self) -> bool:
@@ -180,11 +192,10 @@ class Group:
         for parameter in self.parameter_quantizers:
             parameter.training = self.training
         self.integer_pass = (
-            not any(module.training for module in (head, *self.ahead, *self.members))
-            and self.phase.quantize
-            and not self.partly
-            and not self.simulate
+            self.phase.quantize
+            and not (self.training or self.partly or self.simulate)
             and self.ready
+            and not any(map(_TRAINING, (*self.ahead, *self.members)))
             and not self._wants_gradient(head, inputs)
             and not self._is_watched(head)
         )
@@ -200,23 +211,23 @@ class Group:
     def _is_watched(self, head: nn.Module) -> bool:
         """Whether a user's hook sits between members and must see the tensors of the float model."""
         chain = [*self.ahead, head, *self.members]
-        return any(module._forward_hooks for module in chain[:-1]) or any(module._forward_pre_hooks for module in chain[1:])
+        return any(map(_HOOKS, chain[:-1])) or any(map(_PRE_HOOKS, chain[1:]))
 
     def deployed_now(self, head: nn.Module) -> nn.Module:
         """The deployed layer; built once, from the parameters and ranges as they are now."""
-        numbers: list[Any] = [*self.tensors(head), *(quantizer.changes for quantizer in self.quantizers)]
-        numbers += [quantizer.changes for quantizer in self.parameter_quantizers]
-        before = self.deployed_from
-        same = len(before) == len(numbers) and all(
-            a is b or (isinstance(a, int) and a == b) for a, b in zip(before, numbers, strict=True)
-        )
+        modules, before, moved = self.deployed_from
+        # Children are compared with the tensors, so that the list of all modules need not be made again.
+        held, changes = self._now(modules)
+        same = moved == changes and len(before) == len(held) and all(map(operator.is_, before, held))
+        shared = set()
         for share in self.shares.values():
             share.read(training=False)
-        shared = [share.quantizer for share in self.shares.values()]
+            shared.add(id(share.quantizer))
         for quantizer in self.quantizers:
-            quantizer.passes += not any(quantizer is other for other in shared)
+            quantizer.passes += id(quantizer) not in shared
         if self.deployed is None or not same:  # functional_call, say, puts other tensors in their place
-            self.deployed_from = numbers
+            modules = list(dict.fromkeys(one for module in self.read_from(head) for one in module.modules()))
+            self.deployed_from = (modules, *self._now(modules))
             # Outside inference mode: what is built during trainer.test() may be used by a later fit's validation.
             with torch.inference_mode(False), torch.no_grad():
                 self.deployed = self.deploy(head)

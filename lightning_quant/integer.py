@@ -8,7 +8,8 @@ The arithmetic of a weighted layer, per output channel (x, w, y: integers; s: sc
 
 which is what ONNX Runtime's QLinearConv and QGemm compute, bit for bit. Without an output grid the layer returns
 float32(acc) * (s_x * s_w). Convolutions run on integer-valued floats at float speed: exact while every partial sum stays
-under 2^24; where the worst case does not, the layer is marked `wide` and accumulates in float64 (exact to 2^53).
+under 2^24; where the worst case does not, `direct.py` splits them. The operators, which saved programs call, accumulate in
+float64 (exact to 2^53) then: the layer is marked `wide`.
 
 What no integer kernel can run (a missing grid, more than 8 bits, scales inside a channel) is float arithmetic on
 dequantized integers.
@@ -17,7 +18,7 @@ dequantized integers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +27,23 @@ from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers them)
 from lightning_quant.config import ConfigError, TensorSpec
-from lightning_quant.operators import along_channels
+from lightning_quant.direct import (
+    EXACT_FLOAT32,
+    DirectLayer,
+    carried,
+    marks_of,
+    plain,
+    round_to,
+    sides_of,
+    worst_sum,
+)
+from lightning_quant.geometry import Geometry, as_signal
+from lightning_quant.operators import along_channels, step_on
 from lightning_quant.quantizers import BlockGrid, Grid, SignGrid, sign, wide
 from lightning_quant.weights import WeightQuantizer
 
-EXACT_FLOAT32 = 2**24
 _INT32_MAX = 2**31 - 1
+_DIRECT = "_direct"  # in the instance's dict: neither a buffer nor in what is copied, saved or traced
 
 # -- parameters and activations on their grids ------------------------------------------------------------------------
 
@@ -113,6 +125,10 @@ class Rounding(nn.Module):
             if len(have) != len(want) or any(n not in (1, size) for n, size in zip(have, want, strict=True)):
                 raise ConfigError(f"an activation of shape {want} met scales for the blocks of another shape, {have}.")
             rounded: Tensor = ops.round_blocks(x, self.scale, self.zero_point, self.low, self.high)
+        elif plain(x):
+            low, high = self.low - self.grid.zero_point, self.high - self.grid.zero_point
+            step = step_on(self.grid.scale, x.device)
+            rounded = round_to(x, step, low, high).mul_(step)
         else:
             q = ops.quantize(x, self.grid.scale, self.grid.zero_point, self.low, self.high)
             rounded = ops.dequantize(q, self.grid.scale, self.grid.zero_point)
@@ -174,68 +190,6 @@ class FoldedWeight(IntegerTensor):
     bias: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """What a weighted layer does apart from its numbers. pad: for `F.pad`, or None.
-
-    kind: 'conv', 'linear', 'conv_transpose' or 'scale' (one weight for each channel of dimension 1, any shape).
-    """
-
-    kind: str
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    pad: tuple[int, ...] | None = None
-    pad_mode: str = "constant"
-    output_padding: tuple[int, ...] = ()
-
-    def prepared_input(self, x: Tensor) -> Tensor:
-        """x padded where the convolution itself cannot pad so (reflect, circular, replicate, uneven 'same')."""
-        return x if self.pad is None else F.pad(x, self.pad, mode=self.pad_mode)
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> Geometry:
-        """The geometry of a convolution, transposed or not, a linear layer or a batch norm."""
-        if isinstance(layer, nn.Linear):
-            return cls(kind="linear")
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            return cls(kind="scale", stride=(1,), padding=(0,), dilation=(1,), groups=layer.num_features)
-        if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            sizes = (layer.stride, layer.padding, layer.dilation, layer.output_padding)
-            stride, pad, dilation, more = (_per_dimension(size, layer) for size in sizes)  # type: ignore[arg-type]
-            plain = cls(kind="conv_transpose", stride=stride, padding=pad, dilation=dilation, groups=layer.groups)
-            return replace(plain, output_padding=more)
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d), type(layer)
-        stride, dilation = (_per_dimension(value, layer) for value in (layer.stride, layer.dilation))
-        groups = layer.groups
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            pad = _explicit_padding(layer)
-            if layer.padding_mode != "zeros" or pad[::2] != pad[1::2]:
-                mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-                none = (0,) * len(stride)
-                return cls(kind="conv", stride=stride, padding=none, dilation=dilation, groups=groups, pad=pad, pad_mode=mode)
-            return cls(kind="conv", padding=pad[::-2], stride=stride, dilation=dilation, groups=groups)
-        padding = _per_dimension(layer.padding, layer)
-        return cls(kind="conv", padding=padding, stride=stride, dilation=dilation, groups=groups)
-
-
-def _per_dimension(value: int | tuple[int, ...], layer: nn.modules.conv._ConvNd) -> tuple[int, ...]:
-    """One number a spatial dimension: torch's forward also takes a bare one, set after the layer was made."""
-    return (value,) * (layer.weight.dim() - 2) if isinstance(value, int) else tuple(value)
-
-
-def _explicit_padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
-    """(left, right, top, bottom, ..) for `F.pad`, as torch's own forward pads: other modes by what the layer was made with."""
-    if layer.padding_mode != "zeros":
-        return tuple(layer._reversed_padding_repeated_twice)
-    sides: list[int] = []
-    for dilation, size in zip(reversed(_per_dimension(layer.dilation, layer)), reversed(layer.kernel_size), strict=True):
-        total = dilation * (size - 1) if layer.padding == "same" else 0
-        sides += [total // 2, total - total // 2]
-    return tuple(sides)
-
-
 def _least_steps(bias: Tensor, x_scale: float | Tensor) -> Tensor:
     """The least scale of a weight for its bias, float32 (C,): s_w >= 2 |b| / (s_x (2^31 - 1)), else int32 overflows."""
     return (bias.abs() * 2 / (x_scale * _INT32_MAX)).to(torch.float32)
@@ -258,16 +212,6 @@ def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:
     shift = along_channels(zero, folded.q.dim(), 0).double()
     q = ((folded.q.double() - shift) * ratio).round_().add_(shift).to(torch.int8)
     return FoldedWeight(q=q, scale=scale, zero_point=folded.zero_point, bias=folded.bias)
-
-
-def _as_signal(x: Tensor) -> Tensor:
-    """(N, C) or (N, C, ...) as (N, C, L)."""
-    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
-
-
-def _carried(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """`out` in the dtype that came in; float32 under autocast, because 8 bits of mantissa cannot hold 256 levels."""
-    return out if dtype == torch.float32 or torch.is_autocast_enabled(out.device.type) else out.to(dtype)
 
 
 class IntegerLayer(nn.Module):
@@ -305,22 +249,47 @@ class IntegerLayer(nn.Module):
         self.register_buffer("scale", folded.scale)
         self.register_buffer("zero_point", folded.zero_point)
         self.register_buffer("bias", torch.round(folded.bias / step).clamp_(-_INT32_MAX, _INT32_MAX).to(torch.int32))
-        self.wide = self._worst_sum() >= EXACT_FLOAT32
+        self.wide = self._is_wide()
         self.eval()
 
-    def _worst_sum(self) -> float:
-        """The largest |partial sum| that any input on the grid can cause."""
-        w = self.weight.double()
-        if self.zero_point is not None:
-            w = w - along_channels(self.zero_point, w.dim(), 0).double()
-        reach = max(self.x.zero_point - self.x.qmin, self.x.qmax - self.x.zero_point)
-        return float((w.abs().flatten(1).sum(1) * reach + self.bias.double().abs()).max())
+    def _is_wide(self) -> bool:
+        return worst_sum(sides_of(self.weight, self.zero_point), self.bias, self.x) >= EXACT_FLOAT32
 
     def forward(self, input: Tensor) -> Tensor:
         """Quantize, multiply and accumulate, requantize, dequantize."""
+        if plain(input) and (direct := self._direct_now()) is not None:
+            return direct(input)
+        return self._by_operators(input)
+
+    def _direct_now(self) -> DirectLayer | None:
+        """The numbers of a forward without operators, from the buffers as they are; None where there are none."""
+        marks = marks_of(self._buffers)
+        settings = (self.geometry, self.x, self.y, self.rectify)
+        direct: DirectLayer | None = self.__dict__.get(_DIRECT)
+        if marks is None:
+            return None
+        if direct is None or direct.marks != marks or direct.settings != settings:
+            with torch.inference_mode(False), torch.no_grad():  # other modes may use it, too
+                direct = self.__dict__[_DIRECT] = DirectLayer(self._buffers, settings)
+        return direct if direct.possible else None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop(_DIRECT, None)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop(_DIRECT, None)
+        super()._load_from_state_dict(*args, **kwargs)
+        self.wide = self.wide if self.weight.is_meta else self._is_wide()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != _DIRECT}
+
+    def _by_operators(self, input: Tensor) -> Tensor:
+        """As `forward`, from the integers and by the operators that saved programs call."""
         ops, grid, g = torch.ops.lightning_quant, self.x, self.geometry
         dtype = input.dtype
-        x = _as_signal(input) if g.kind == "scale" else g.prepared_input(input)
+        x = as_signal(input) if g.kind == "scale" else g.prepared_input(input)
         lead = x.shape[:-1]
         if g.kind == "linear" and x.dim() != 2:
             x = x.reshape(-1, x.shape[-1])
@@ -338,7 +307,7 @@ class IntegerLayer(nn.Module):
         if unbatched:
             out = out.squeeze(0)
         out = out.reshape(input.shape) if g.kind == "scale" else out
-        return _carried(out, dtype)
+        return carried(out, dtype)
 
     def _multiply(self, q: Tensor) -> Tensor:
         ops, g, y = torch.ops.lightning_quant, self.geometry, self.y
@@ -407,7 +376,7 @@ class PartlyIntegerLayer(nn.Module):
         if g.kind == "linear":
             out = F.linear(x, w, self.bias)
         elif g.kind == "scale":
-            out = F.conv1d(_as_signal(x), w, self.bias, groups=g.groups).reshape(x.shape)
+            out = F.conv1d(as_signal(x), w, self.bias, groups=g.groups).reshape(x.shape)
         elif g.kind == "conv_transpose":
             spread = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[w.dim() - 2]
             more = self._output_padding(x, output_size)
@@ -419,7 +388,7 @@ class PartlyIntegerLayer(nn.Module):
             out = out.clamp(*self.rectify)
         if self.y is not None:
             out = self.y(out)
-        return _carried(out, dtype)
+        return carried(out, dtype)
 
     def _output_padding(self, x: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
         g = self.geometry
@@ -467,4 +436,4 @@ class ActivatedLayer(nn.Module):
                 out: Tensor = activation(y.float())
         else:
             out = activation(y)
-        return out if self.rounds_out is None else _carried(self.rounds_out(out), y.dtype)
+        return out if self.rounds_out is None else carried(self.rounds_out(out), y.dtype)

@@ -63,9 +63,9 @@ class OperatorGroup(Ending):
         """The activation."""
         return [] if self.activation is None else [self.activation]
 
-    def tensors(self, head: nn.Module) -> list[Tensor]:  # noqa: ARG002
-        """None but the activation's: an operator has no parameters."""
-        return [tensor for module in self.members for tensor in module.parameters()]
+    def read_from(self, head: nn.Module) -> list[nn.Module]:  # noqa: ARG002
+        """The activation: an operator has no parameters."""
+        return self.members
 
     def _is_watched(self, head: nn.Module) -> bool:  # noqa: ARG002
         ends = [*self.members, *([] if self.stands_for is None else [self.stands_for])]

@@ -28,18 +28,27 @@ _LIBRARY.define(f"conv({_HEAD}, int[] stride, int[] padding, int[] dilation, int
 _LIBRARY.define(f"linear({_HEAD}, {_TAIL}")
 
 
-# Where torch keeps the precision of its float32 kernels, by device; each holds "none", "ieee", "tf32" or "bf16".
+# Where torch keeps the precision of its float32 kernels, by device: (module, torch's names for it); each holds "none", "ieee",
+# "tf32" or "bf16".
 _BACKENDS: Any = torch.backends  # its submodules are not typed
-_PRECISIONS: dict[str, tuple[Any, ...]] = {
-    "cpu": (_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv),
-    "cuda": (_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv),
+_PRECISIONS: dict[str, tuple[tuple[Any, tuple[str, str]], ...]] = {
+    "cpu": ((_BACKENDS.mkldnn.matmul, ("mkldnn", "matmul")), (_BACKENDS.mkldnn.conv, ("mkldnn", "conv"))),
+    "cuda": ((_BACKENDS.cuda.matmul, ("cuda", "matmul")), (_BACKENDS.cudnn.conv, ("cuda", "conv"))),
 }
 
 
+def is_exact_float(device: str) -> bool:
+    """Whether integer-valued floats stay integers with the settings as they are: no autocast, no TF32, no bfloat16 matmul."""
+    precision = torch._C._get_fp32_precision_getter  # what the property reads, at a fifth of its cost
+    strict = (precision(*names) in ("none", "ieee") for _, names in _PRECISIONS.get(device, ()))
+    return not torch.is_autocast_enabled(device) and all(strict)
+
+
 @contextlib.contextmanager
-def _exact_float(device: str) -> Iterator[None]:
+def exact_float(device: str) -> Iterator[None]:
     """No autocast, no TF32, no bfloat16 matmul: integer-valued floats must stay integers."""
-    loose = [(b, b.fp32_precision) for b in _PRECISIONS.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
+    places = [backend for backend, _ in _PRECISIONS.get(device, ())]
+    loose = [(b, b.fp32_precision) for b in places if b.fp32_precision not in ("none", "ieee")]
     for backend, _ in loose:
         backend.fp32_precision = "ieee"
     try:
@@ -52,8 +61,13 @@ def _exact_float(device: str) -> Iterator[None]:
                 backend.fp32_precision = precision
 
 
+def step_on(scale: float, device: torch.device) -> Tensor:
+    """A scale as a tensor: torch takes it in half the time of a number, and CUDA divides by it, not times the reciprocal."""
+    return torch.full((), scale, dtype=torch.float32, device=device)
+
+
 def _quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    q = torch.div(x.float(), scale).round_().add_(zero_point).clamp_(low, high)
+    q = torch.div(x.float(), step_on(scale, x.device)).round_().add_(zero_point).clamp_(low, high)
     return q.to(integer_type(high))
 
 
@@ -104,7 +118,7 @@ def _requantize(acc: Tensor, real: Tensor, channel: int, y_scale: float | None, 
     """acc: exact integers, float32 or float64; real: s_x * s_w in float32, () or (C,)."""
     if y_scale is None:
         return acc.to(torch.float32) * along_channels(real, acc.dim(), channel)
-    multiplier = along_channels(real / y_scale, acc.dim(), channel)
+    multiplier = along_channels(real / step_on(y_scale, real.device), acc.dim(), channel)
     q = (acc.to(torch.float32) * multiplier).round_().clamp_(low - y_zero, high - y_zero).add_(y_zero)
     return q.to(torch.uint8)
 
@@ -128,7 +142,7 @@ def _conv(
     wide: bool,
 ) -> Tensor:
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
-    with _exact_float(q.device.type):
+    with exact_float(q.device.type):
         x, w = _operands(q, x_zero_point, weight, zero_point, wide)
         acc = convolve(x, w, bias.to(w.dtype), stride, padding, dilation, groups)
     return _requantize(acc, x_scale * scale, 1, y_scale, y_zero_point, low, high)
@@ -148,7 +162,7 @@ def _linear(
     high: int,
     wide: bool,
 ) -> Tensor:
-    with _exact_float(q.device.type):
+    with exact_float(q.device.type):
         x, w = _operands(q, x_zero_point, weight, zero_point, wide)
         acc = F.linear(x, w, bias.to(w.dtype))
     return _requantize(acc, x_scale * scale, 1, y_scale, y_zero_point, low, high)

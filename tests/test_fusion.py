@@ -17,7 +17,7 @@ from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
 from lightning_quant.config import TensorSpec
 from lightning_quant.folding import Layer, fold, weight_of
 from lightning_quant.fusion import FusedGroup
-from lightning_quant.integer import Geometry
+from lightning_quant.geometry import Geometry
 from lightning_quant.patterns import pattern_problem
 from lightning_quant.prepare import apply_phase, prepared_groups, simulated
 from lightning_quant.schedule import Phase

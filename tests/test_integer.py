@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.integer import EXACT_FLOAT32, FoldedWeight, Geometry, IntegerLayer, PartlyIntegerLayer
+from lightning_quant.direct import EXACT_FLOAT32
+from lightning_quant.geometry import Geometry
+from lightning_quant.integer import FoldedWeight, IntegerLayer, PartlyIntegerLayer
 from lightning_quant.quantizers import Grid
 
 Array = npt.NDArray[Any]
@@ -339,11 +341,11 @@ def test_a_wide_sum_is_requantized_in_float32() -> None:
     assert made(torch.zeros(1, 1)).item() == 114e6
 
 
-@pytest.mark.parametrize(("bias", "wide"), [(65_535, False), (65_536, True), (-65_536, True)])
+@pytest.mark.parametrize(("bias", "wide"), [(65_535, False), (65_536, True), (-65_536, False), (-(2**24), True)])
 def test_a_layer_is_wide_from_a_worst_sum_of_two_to_the_24(bias: int, wide: bool) -> None:
-    """516 weights of 127 and one of 4: 65536 * 255 + 65536 = 2^24."""
-    q = torch.tensor([[127] * 516 + [-4]]).to(torch.int8)
-    assert int(q.abs().sum()) * 255 + 65_536 == EXACT_FLOAT32
+    """516 weights of 127 and one of 4: 65536 * 255 + 65536 = 2^24; a negative bias comes before them, alone."""
+    q = torch.tensor([[127] * 516 + [4]]).to(torch.int8)
+    assert int(q.sum()) * 255 + 65_536 == EXACT_FLOAT32
     folded = FoldedWeight(q=q, scale=torch.ones(1), zero_point=None, bias=torch.tensor([bias], dtype=torch.float64))
     assert IntegerLayer(folded, Geometry.of(nn.Linear(517, 1)), grid(1.0, 0), None).wide is wide
 

@@ -269,6 +269,42 @@ def test_functional_call_in_eval_mode_uses_the_tensors_it_is_given(config_list: 
         assert torch.equal(model(x), before)
 
 
+class Folded(nn.Module):
+    """A group of three, and a module whose parameters are in a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
+        attended: Tensor = self.attention(y, y, y)[0]
+        return attended
+
+
+@pytest.mark.parametrize("place", ["conv.weight", "conv.bias", "bn.weight", "bn.running_mean", "attention.out_proj"])
+def test_what_is_exchanged_between_two_forwards_in_eval_mode_counts(place: str) -> None:
+    x = torch.randn(4, 3, 6, 6)
+    model = Folded()
+    prepare_model(model, make_plan(model, [{"op_types": ["Conv2d", "MultiheadAttention"]}], example_input=x)).train()
+    model(x)
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before)
+        owner, _, name = place.rpartition(".")
+        module, old = model.get_submodule(owner), model.get_submodule(owner).__getattr__(name)
+        if isinstance(old, nn.Module):
+            setattr(module, name, type(old)(8, 8))
+        else:
+            new = torch.rand_like(old)
+            setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+        after = model(x)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, convert_model(model)(x))
+
+
 def test_a_plan_for_another_model_is_refused_and_changes_nothing() -> None:
     plan = make_plan(nn.Sequential(nn.Linear(4, 4)), LINEAR)
     for other in (nn.Sequential(nn.ReLU()), nn.Sequential(nn.LSTM(4, 4)), nn.Sequential(nn.Conv1d(4, 4, 1))):
