@@ -33,6 +33,7 @@ from lightning_quant.plan import parse_settings, plan_from_graph, record_forward
 from lightning_quant.prepare import (
     apply_phase,
     checked_memory,
+    checked_switch,
     drop_deployed_layers,
     fits,
     give_to_optimizers,
@@ -138,7 +139,7 @@ class QuantFusionCallback(Callback):
         if source not in ("best", "last"):
             raise ConfigError(f"source: {source!r} is not one of best, last.")
         self.schedule, self.calibration = Schedule.make(schedule), Calibration.make(calibration)
-        self.memory, self.simulate_bias = checked_memory(memory), simulate_bias
+        self.memory, self.simulate_bias = checked_memory(memory), checked_switch("simulate_bias", simulate_bias)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
         self.plan: Plan | None = None

@@ -56,8 +56,6 @@ def convert_model(model: nn.Module) -> nn.Module:
     deployed = copy_of(model)
     for quantizer in quantizers_of(deployed).values():
         quantizer.settled = True
-    for module in deployed.modules():
-        module._compiled_call_impl = None  # what torch.compile made is bound to the original's layers
     groups = list(prepared_groups(deployed).values())
     for owner in [module for module in deployed.modules() if is_owner(module)]:
         deploy_sites(owner)
@@ -131,7 +129,10 @@ def unobserved(model: nn.Module) -> list[str]:
 def copy_of(model: Model) -> Model:
     """A deep copy. What a hook computes before each forward (a pruned weight, a spectral norm's) is copied without its graph."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
+    twin = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
+    for module in twin.modules():
+        module._compiled_call_impl = None  # what `module.compile()` made is bound to the original (a LightningModule's is copied)
+    return twin
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

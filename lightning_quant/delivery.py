@@ -50,7 +50,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def write_files(model: nn.Module, folder: Path, formats: Mapping[str, Mapping[str, Any]], example: Any, *, verbose: int) -> None:
-    """Write `model<suffix>` for each format, {suffix: options of `export_model`}; what fails does not keep the others from it.
+    """Write `model<suffix>` for each format, {suffix: options of `export_model`}; one that fails does not keep others from it.
 
     Raises:
         ConfigError: without an example input.

@@ -124,7 +124,7 @@ class Ending(Group):
 
     def hand_on(self, y: Tensor, to: int, integer: bool) -> Tensor:
         """What a member made, on its way to the next one, `members[to]`. `integer`: the deployed layer's result."""
-        if not torch.compiler.is_compiling() and to < len(self.members) and not self.again:
+        if not torch.compiler.is_dynamo_compiling() and to < len(self.members) and not self.again:
             if self.under_way:
                 for key in [key for key, passing in self.under_way.items() if passing.tensor() is None]:
                     self.count(True, training=self.under_way.pop(key).training)
@@ -142,7 +142,7 @@ class Ending(Group):
         The forward may take another branch than the recorded one and bring a member something else, or change it on the way: in
         training a member does its own part anyway, but what is foreign moves no range, and `convert_model` refuses.
         """
-        if self.again or torch.compiler.is_compiling():
+        if self.again or torch.compiler.is_dynamo_compiling():
             return "member"
         passing = self.under_way.get(id(x))
         genuine = passing is not None and passing.tensor() is x and passing.to == to and passing.version == _version(x)
@@ -262,7 +262,7 @@ class FusedGroup(Ending):
 
     def kept_for_backward(self, head: nn.Module, rounded: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
         """In lean memory rounded weights are not kept for backward but made again."""
-        if not self.lean or WEIGHT not in rounded or torch.compiler.is_compiling():  # a compiler decides for itself
+        if not self.lean or WEIGHT not in rounded or torch.compiler.is_dynamo_compiling():  # a compiler decides for itself
             return contextlib.nullcontext()
         return rounded_again(weight_of(head), rounded[WEIGHT])
 
@@ -330,8 +330,8 @@ class _Head(Member):
         x = input if behind else group.round_input(input)
         rounded = group.rounded_parameters(self) if group.rounds_parameters else {}
         error, bias = group.note_bias_error(self, x) if group.simulate_bias else None, self._parameters.get("bias")
-        if error is not None and group.norm is None and bias is not None:
-            rounded["bias"] = rounded.get("bias", bias) + error
+        if error is not None and group.norm is None:  # without a bias, what a norm before the layer adds
+            rounded["bias"] = error if bias is None else rounded.get("bias", bias) + error
         with hidden(self, rounded), group.kept_for_backward(self, rounded):
             y: Tensor = self._made_own(x, *rest, **named)
         y = y if group.norm is not None else group.settled(y)

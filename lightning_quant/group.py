@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
 
+from lightning_quant.config import ConfigError
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.schedule import Phase
 from lightning_quant.targets import owner_of
@@ -24,7 +25,7 @@ from lightning_quant.weights import WeightQuantizer
 
 KEY = "_lightning_quant"
 # Read in every forward of every layer, where `map` takes half the time of a generator.
-_READY, _TRAINING = operator.attrgetter("ready"), operator.attrgetter("training")
+_TRAINING = operator.attrgetter("training")
 _HOOKS, _PRE_HOOKS = operator.attrgetter("_forward_hooks"), operator.attrgetter("_forward_pre_hooks")
 
 
@@ -133,13 +134,13 @@ class Group:
 
     def read(self, key: Any) -> None:
         """Count that an input was read whose range may be another layer's, in this pass."""
-        if not torch.compiler.is_compiling() and key in self.shares and not self.again:
+        if not torch.compiler.is_dynamo_compiling() and key in self.shares and not self.again:
             self.shares[key].read(training=self.training)
 
     @property
     def ready(self) -> bool:
         """Whether every quantizer of the group has a range."""
-        return all(map(_READY, self.quantizers))
+        return all([quantizer.ready for quantizer in self.quantizers])  # noqa: C419  (a compiler follows it)
 
     @property
     def rounds_all(self) -> bool:
@@ -166,7 +167,7 @@ class Group:
 
         `owned`: this group moves the range; `applied`: the tensor arrives unrounded.
         """
-        if not torch.compiler.is_compiling():  # compiled code has no counters: each would be compiled anew at every step
+        if not torch.compiler.is_dynamo_compiling():  # compiled code has no counters: each would be compiled anew at every step
             quantizer.passes += owned
         if owned and self._moves(quantizer):
             quantizer.observe(x)
@@ -178,7 +179,7 @@ class Group:
 
     def begin(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         """Decide what this pass is; True if the deployed layer runs."""
-        if torch.compiler.is_compiling():  # compiled is training alone; see `Member`
+        if torch.compiler.is_dynamo_compiling():  # compiled is training alone; see `Member`
             self.again, self.training, self.observing, self.integer_pass = False, True, self.phase.observe, False
             self.deployed = None
             return False
@@ -285,7 +286,7 @@ def _empty(recipe: Any) -> nn.Module:
 
 def followed() -> bool:
     """Whether torch.compile follows this code, or waits to compile the next function it finds."""
-    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+    return torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None
 
 
 class Member(Made, nn.Module):
@@ -293,7 +294,8 @@ class Member(Made, nn.Module):
 
     A member's class is made at run time from its role and its own class: `FusedConv2d(Head, Conv2d)`. torch.compile follows it in
     training, with ranges that are tensors. It is left to Python in eval, whose bits are those that ship and no compiler's, and
-    while something needs Python: the first batch of a learned scale, histograms, logging.
+    where something needs Python: histograms, logging, and a learned scale that has not seen a batch when the compiler comes by
+    (it does not come again by itself: run a step, or calibrate, before).
     """
 
     _made_prefix = "Fused"
@@ -304,7 +306,12 @@ class Member(Made, nn.Module):
         group: Group | None = self.__dict__.get(KEY)
         if group is None:  # a forward made this instance by self.__class__()
             return super().forward(*args, **kwargs)
-        if not followed() or (torch.compiler.is_compiling() and self.training and group.traces):
+        if torch.compiler.is_exporting():
+            raise ConfigError(
+                f"{group.name!r} is prepared for training; what is exported would be its simulation, its ranges would be lost. "
+                "Export the converted model: export_model(convert_model(model), path, example_input=x)."
+            )
+        if not followed() or (torch.compiler.is_dynamo_compiling() and self.training and group.traces):
             return self._made_run(group, *args, **kwargs)
         return self._made_apart(group, *args, **kwargs)
 

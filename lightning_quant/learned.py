@@ -21,8 +21,8 @@ class _LearnedGrid(torch.autograd.Function):
     """A tensor on the grid of a learned scale and offset: y = (clamp(round(x / s) + z, qmin, qmax) - z) s, low = qmin - z.
 
     x gets g where x / s lies inside the ends, 0 elsewhere (Esser et al. 2020, equation 5). s gets the sum of g (round(x / s)
-    - x / s) inside and g times the end outside (equation 3), which is (sum(g y) - sum(g_x x)) / s. The offset gets the sum of
-    g outside (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
+    - x / s) inside and g times the end outside (equation 3), that is of g (y - x) / s and g y / s. The offset gets the sum of g
+    outside (Bhalgat et al. 2020, equation 6). Both are multiplied by `factor`.
 
     y is computed again for the gradient, not kept: the model may write into it (`out += x`).
     """
@@ -45,10 +45,12 @@ class _LearnedGrid(torch.autograd.Function):
             s = float(scale.detach())
             inside = torch.ops.aten.hardtanh_backward(g, x, low * s, high * s)
         else:
-            inside = g * (x > low * scale).logical_and_(x < high * scale)
-        y = torch.div(x, s).round_().clamp_(low, high).mul_(s)
-        by_scale = ((g * y).sum() - (inside * x).sum()).float().div_(scale).mul_(ctx.factor)
-        by_offset = (g.sum() - inside.sum()).float().mul_(ctx.factor) if ctx.offset else None
+            inside = torch.where((x > low * scale).logical_and_(x < high * scale), g, 0)
+        # Value by value, so that sums of large terms are never subtracted; x is cut to the ends first: infinity is one of them.
+        cut, outside = x.clamp(low * s, high * s), g - inside
+        y = torch.div(cut, s).round_().mul_(s)
+        by_scale = torch.addcmul((y - cut).mul_(g), outside, y).sum().float().div_(scale).mul_(ctx.factor)
+        by_offset = outside.sum().float().mul_(ctx.factor) if ctx.offset else None
         return inside, by_scale, by_offset, None, None, None
 
 
@@ -127,7 +129,7 @@ class LearnedActivation(ActivationQuantizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x on the grid, same shape and dtype, with gradients to x and to what is learned."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             for parameter in self.learned.values():
                 if parameter.device != x.device:  # the model has moved
                     parameter.data = parameter.data.to(x.device)

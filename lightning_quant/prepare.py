@@ -55,9 +55,9 @@ def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact", simula
     `state_dict()` are as before: classes change, nothing is replaced or renamed.
 
     Raises:
-        ConfigError: if the model is prepared already or lacks a module of the plan, or for `memory`; the model is then unchanged.
+        ConfigError: if the model is prepared already or lacks a module of the plan, or for an option; it is then unchanged.
     """
-    lean = checked_memory(memory) == "lean"
+    lean, simulate_bias = checked_memory(memory) == "lean", checked_switch("simulate_bias", simulate_bias)
     modules = _modules_of(model, plan)
     quantizers = _make_quantizers(plan, modules)
     for quantizer in quantizers.values():
@@ -103,6 +103,13 @@ def checked_memory(memory: Any) -> str:
     if memory not in ("exact", "lean"):
         raise ConfigError(f"memory: {memory!r} is not one of exact, lean.")
     return str(memory)
+
+
+def checked_switch(name: str, value: Any) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r} is not true or false.")
+    return value
 
 
 def _modules_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

@@ -8,8 +8,8 @@ output channel they have the length of dimension 0 and broadcast over the rest. 
 is a level and padding is exact. `x` is *divided* by `s`: the reciprocal would flip ties, and runtimes divide.
 
 The gradient is the clipped straight-through estimator (Jacob et al. 2018, arXiv 1712.05877; Bengio et al. 2013, arXiv
-1308.3432): 1 where the rounded value lies inside [qmin, qmax], ends included, 0 elsewhere. For values exactly half a
-step outside an end `hardtanh_backward` gives 0 where round-half-even may still land inside; nowhere else do the two differ.
+1308.3432): 1 where the rounded value lies inside [qmin, qmax], ends included, 0 elsewhere. Values half a step outside an
+end, to 2^-22 of that place, get 0 whichever way they round; nowhere else do the two differ.
 
 Other granularities have one scale for each block of a tensor (`Blocks` in keys.py), spread until it broadcasts.
 
@@ -94,7 +94,7 @@ def block_range(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def on_host(x: Tensor) -> bool:
     """Whether range arithmetic for x is done in Python numbers: on CPU, unless torch.compile would bake them in."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
 
 
 def wide(x: Tensor) -> Tensor:
@@ -180,7 +180,8 @@ class _FakeQuantizeLean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
-        return inside.to(grads[0].dtype).mul_(grads[0]), None, None, None, None, None
+        # The kernel of `_fake_quantize`, on the mask as numbers: what lies outside is chosen as 0, not multiplied by it.
+        return torch.ops.aten.hardtanh_backward(grads[0], inside.to(grads[0].dtype), 0.5, 2.0), None, None, None, None, None
 
 
 class _FakeQuantizeDevice(torch.autograd.Function):
@@ -270,7 +271,7 @@ class ActivationQuantizer:
         self.changes += 1
 
     def _count(self) -> None:
-        if torch.compiler.is_compiling():  # a number that is counted up would be compiled anew at every step
+        if torch.compiler.is_dynamo_compiling():  # a number that is counted up would be compiled anew at every step
             return
         self.changes += 1
         self.averaged = None if self.averaged is None else self.averaged + 1
@@ -349,9 +350,9 @@ class ActivationQuantizer:
         """The levels that the absorbed activation leaves."""
         low, high = self.spec.qmin, self.spec.qmax
         if self.rectified:
-            low = max(low, zero + round(self.floor / scale))
+            low = max(low, zero + round(float32(float32(self.floor) / scale)))  # the quotient that tensors have
             if math.isfinite(self.cap):
-                high = min(high, zero + round(self.cap / scale))
+                high = min(high, zero + round(float32(float32(self.cap) / scale)))
         return low, high
 
     def _numbers(self) -> tuple[float, int]:
@@ -394,6 +395,8 @@ class ActivationQuantizer:
         lower, upper = (low - 0.5) * scale * _INWARDS, (high + 0.5) * scale * _INWARDS
         if self.absorbs:
             lower, upper = max(lower, self.floor), min(upper, self.cap)
+        most = torch.finfo(x.dtype).max
+        lower, upper = max(lower, -most), min(upper, most)
         if self.lean:
             return _FakeQuantizeLean.apply(x, scale, low, high, lower, upper)  # type: ignore[no-any-return]
         return _fake_quantize(x, scale, lower, upper)

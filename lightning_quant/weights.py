@@ -89,12 +89,19 @@ class _RoundWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.step = scale  # for `rounded_again`
         return torch.div(weight, scale).round_().mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
+
+
+def _plainly_rounded(weight: Tensor, step: Tensor) -> Tensor:
+    """`round_weight` of a parameter itself, which `rounded_again` may repeat."""
+    y = round_weight(weight, step)
+    if not torch.compiler.is_dynamo_compiling() and y.grad_fn is not None:
+        y.grad_fn.step = step  # type: ignore[attr-defined]
+    return y
 
 
 def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -193,7 +200,7 @@ def _rounded_with_faint(
         return y.to(weight.dtype), faint
     data, faint = weight.detach(), None
     if fold is None and ratio is None and (plain := _plain_step(data, spec)) is not None:
-        return round_weight(weight, plain), None
+        return _plainly_rounded(weight, plain), None
     with torch.no_grad():
         grid = weight_grid(data if fold is None else data * fold, spec)
         grid = grid if ratio is None else narrowed(grid, ratio, data.shape)
@@ -201,7 +208,7 @@ def _rounded_with_faint(
         if fold is not None:
             step, faint = _faint_step(data, grid, fold, spec, channel or (1, *[-1] * (data.dim() - 1)))
     if grid.zero_point is None and ratio is None:
-        return round_weight(weight, step), faint
+        return _plainly_rounded(weight, step), faint
     zero = step.new_zeros(()) if grid.zero_point is None else grid.zero_point
     passes = spec.apply_method == "clamp_round"
     return _FakeQuantizeWeight.apply(weight, step, zero, spec.qmin, spec.qmax, passes), faint
@@ -221,25 +228,32 @@ def _changed_since() -> RuntimeError:
 def rounded_again(weight: Tensor, rounded: Tensor) -> Iterator[None]:
     """What is saved for backward in this context of `rounded`, the rounded `weight`, is not kept but made again.
 
-    The steps are remembered, so that backward has the same bits. Only where rounding is a plain one (`_RoundWeight`); what else
-    is saved stays. A weight that has changed by then is an error, as it is without.
+    The steps are remembered, so that backward has the same bits. Only where rounding is a plain one; what else is saved stays,
+    or goes the way that hooks around this context have for it (a checkpoint's, say). A weight that has changed by then is an
+    error, as it is without.
     """
     step = None if rounded.grad_fn is None else getattr(rounded.grad_fn, "step", None)
     if step is None:
         yield
         return
     origin, place, shape = weight.detach(), rounded.untyped_storage().data_ptr(), rounded.shape
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)  # hooks do not nest: these would be left out
 
     def pack(saved: Tensor) -> Any:
-        again = saved.untyped_storage().data_ptr() == place
-        version = (origin if again else saved)._version
-        return None if again else saved, version, saved.shape, saved.stride(), saved.storage_offset()
+        if saved.untyped_storage().data_ptr() == place:
+            return None, origin._version, (saved.shape, saved.stride(), saved.storage_offset())
+        return (saved, saved._version, None) if outer is None else (outer[0](saved), None, None)
 
     def unpack(kept: Any) -> Tensor:
-        saved, version, *how = kept
-        if (origin if saved is None else saved)._version != version:
+        saved, version, how = kept
+        if how is None and outer is not None:
+            found: Tensor = outer[1](saved)
+            return found
+        if (origin if how else saved)._version != version:
             raise _changed_since()
-        return torch.div(origin, step).round_().mul_(step).view(shape).as_strided(*how) if saved is None else saved
+        if how is None:
+            return saved  # type: ignore[no-any-return]
+        return torch.div(origin, step).round_().mul_(step).view(shape).as_strided(*how)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -43,7 +43,7 @@ def _rounded_call(
                 rounded = act(value)
                 done.append((value, act, rounded))
             args, kwargs = argument.replaced(args, kwargs, rounded)
-    if torch.compiler.is_compiling():  # in training: the kernel below is one of eval
+    if torch.compiler.is_dynamo_compiling():  # in training: the kernel below is one of eval
         return with_outputs(forward(*args, **kwargs), outputs)
     # torch's fused attention kernel takes other sums in eval mode than in training, and reads weights past their module.
     fast_path = torch.backends.mha.get_fastpath_enabled()

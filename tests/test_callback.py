@@ -225,6 +225,15 @@ def test_a_compiled_net_trains_and_deploys(quiet_trainer: TrainerMaker) -> None:
     assert torch.equal(evaluate(callback.deployed_model.get_submodule("net")), evaluate(model.net))
 
 
+def test_a_module_compiled_as_a_whole_is_converted(quiet_trainer: TrainerMaker) -> None:
+    """LightningModule.compile leaves what it made in copies of the module: they must not run the original."""
+    model, callback = Inner(), QuantFusionCallback(prefixed("net."), verbose=0)
+    model.compile(backend="eager")
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader())
+    assert callback.deployed_model is not None
+    assert torch.equal(evaluate(callback.deployed_model.get_submodule("net")), evaluate(model.net))
+
+
 def test_root_makes_names_relative(quiet_trainer: TrainerMaker) -> None:
     callback = QuantFusionCallback(FUSED, root="net", verbose=0)
     model = Inner()

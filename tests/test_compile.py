@@ -139,6 +139,23 @@ def test_eval_of_a_compiled_model_is_the_deployed_arithmetic() -> None:
     assert moved.isfinite().all()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_prepared_net_is_not_exported(training: bool, strict: bool) -> None:
+    net = prepared("qat", ("Conv2d", "Linear"))
+    step(net, net, torch.randn(4, 3, 10, 10))
+    x = torch.randn(4, 3, 10, 10)
+    net.eval()
+    with torch.no_grad():
+        expected = net(x)
+        before = {name: one.state_dict() for name, one in quantizers_of(net).items()}
+        with pytest.raises(Exception, match=r"is prepared for training.*Export the converted model"):
+            torch.export.export(net.train(training), (x,), strict=strict)
+        assert torch.equal(net.eval()(x), expected)
+    assert {name: one.state_dict() for name, one in quantizers_of(net).items()} == before
+    assert step(net.train(), net, x).isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at whatever it is given
 @pytest.mark.parametrize(("keys", "why"), [({"observer": "percentile"}, "histograms"), ({"method": "lsq"}, "first batch")])
 def test_what_needs_python_is_left_to_it(keys: dict[str, Any], why: str) -> None:

@@ -643,3 +643,28 @@ def test_another_methods_state_is_refused() -> None:
     with pytest.raises(ConfigError, match="have another granularity, observer or method"):
         load_quantizer_state(model, saved)
     assert all(quantizer.ready for quantizer in quantizers_of(model).values())
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_the_gradient_of_a_scale_survives_millions_of_values(bits: int) -> None:
+    """Against float64: differences are taken value by value, not between sums."""
+    x = torch.randn(2, 700_000).relu_()
+    g = torch.rand_like(x) + 0.5
+    quantizer = LsqActivation(spec(f"uint{bits}", "lsq"), "x", rectified=True)
+    quantizer.observe(x)
+    s = quantizer.scale.item()
+    quantizer(x.requires_grad_()).backward(g)
+    v, high = x.detach().double() / s, 2**bits - 1
+    inside = (v > 0) & (v < high)
+    ends = torch.where(v <= 0, 0.0, float(high))
+    expected = (g.double() * torch.where(inside, v.round() - v, ends)).sum() / math.sqrt(700_000 * high)
+    assert quantizer.scale.grad is not None
+    assert quantizer.scale.grad.item() == pytest.approx(float(expected), rel=1e-3, abs=1e-3)
+
+
+def test_infinite_values_do_not_poison_a_scale() -> None:
+    quantizer = LsqActivation(spec("uint8", "lsq"), "x")
+    quantizer.observe(torch.tensor([[-1.0, 2.0]]))
+    x = torch.tensor([[-math.inf, 0.5, math.inf]], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert quantizer.scale.grad is not None and bool(quantizer.scale.grad.isfinite())

@@ -721,3 +721,23 @@ def test_a_channel_that_floats_round_to_half_a_step_stays_alive() -> None:
     """w c is a little over half a step here, and w / (s / c) exactly half of one."""
     w, c = torch.tensor([[0.9469050168991089], [0.004004877060651779]]), torch.tensor([[1.0], [0.9308581948280334]])
     assert float(fake_quantize_weight(w, weight(), c)[1]) > 0
+
+
+def test_a_clamp_on_a_tie_of_levels_is_deployed_as_it_is_trained() -> None:
+    """A quotient that is a half in double and none in float32: the level of the end is that of tensors."""
+    one = quantizer(-1.0, 9.408, rectified=True, floor=-1.0, cap=9.408)
+    x = torch.tensor([-3.0, -1.0, 0.0, 9.408, 20.0], requires_grad=True)
+    trained, grid = one(x).detach(), one.grid()
+    assert isinstance(grid, Grid)
+    levels = ((trained / grid.scale).round() + grid.zero_point).tolist()
+    assert (levels[0], levels[-1]) == (grid.clip_low, grid.clip_high)
+
+
+def test_the_widest_range() -> None:
+    x = torch.tensor([-1.7e38, 0.0, 1.7e38], requires_grad=True)
+    y = quantizer(-1.7e38, 1.7e38)(x)
+    y.backward(torch.ones(3))
+    assert torch.isfinite(y).all()
+    assert x.grad is not None
+    assert x.grad[1] == 1
+    quantizer(-3.4e38, 3.4e38, activation("int8", "symmetric"))(x).sum().backward()
