@@ -157,6 +157,11 @@ class Stamp:
         found = getattr(x, self._NAME, None)
         return found is not None and found[0] is self and found[1] == (0 if x.is_inference() else x._version)
 
+    def off(self, x: Tensor) -> None:
+        """Take the mark off x, if it is on: the work is done once."""
+        if self.is_on(x):
+            delattr(x, self._NAME)
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         """As a forward hook of the layer."""
         if isinstance(output, Tensor):

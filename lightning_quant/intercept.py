@@ -213,7 +213,9 @@ class Done:
     def __call__(self, owner: nn.Module, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         """What it was given, or the activation of something else, which another branch brought."""
         x = next(tensors_in((args, kwargs)))
-        return x if self.loose or self.expects(x) else func(*args, **kwargs)
+        done = self.loose or self.expects(x)
+        self.stamp.off(x)  # the forward may call the same activation on its result
+        return x if done else func(*args, **kwargs)
 
 
 class Deployed:

@@ -500,6 +500,7 @@ HEAD = """class Net(nn.Module):
         ("self.idle = nn.Dropout(0.0)", "self.bn(self.idle(self.a(x)))"),
         ("pass", "(h := self.a(x), h.add_(1.0).relu_(), self.b(h))[2]"),  # written over twice, read by its first name
         ("pass", "(h := x + x, F.relu_(h.add_(h)), self.b(h))[2]"),
+        ("pass", "self.act(self.act(self.b(self.a(x))))"),  # a shared activation on its own result
     ],
 )
 @pytest.mark.parametrize("check", [check_fused, check_bypassed, check_quantized])
