@@ -273,12 +273,12 @@ class WeightQuantizer:
 
     # Whether scales are those of the weight as it is, whatever norms are folded into it; they multiply the scales, then.
     unfolded = False
+    faint: Tensor | None = None  # in this pass: which output channels are a constant when deployed
 
     def __init__(self, spec: TensorSpec, name: str, weight: Tensor) -> None:  # noqa: ARG002  (others begin from the weight)
         self.spec, self.name = spec, name
         self.changes = 0  # counts what moved the grid but the weight itself
         self.training = False  # whether this pass is one of training
-        self.faint: Tensor | None = None  # in this pass: which output channels are a constant when deployed
 
     @property
     def learned(self) -> dict[str, nn.Parameter]:
