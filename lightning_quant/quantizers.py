@@ -284,10 +284,11 @@ class ActivationQuantizer:
         self._count()
         cut = self.rectified and self.floor == 0.0  # nothing below it counts
         if on_host(x):
-            self._observe_host(0.0 if cut else float(x.amin()), float(x.amax()))
+            low, high = (0.0, x.amax()) if cut else x.aminmax()
+            self._observe_host(float(low), float(high))
         else:
-            high = x.amax()
-            self._observe_device((high.new_zeros(()) if cut else x.amin()).float(), high.float())
+            greatest = x.amax()
+            self._observe_device((greatest.new_zeros(()) if cut else x.amin()).float(), greatest.float())
 
     def _observe_host(self, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):
