@@ -131,12 +131,12 @@ def test_memory_of_a_step_is_what_its_tensors_take(capsys: pytest.CaptureFixture
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_peak_of_the_process_can_be_begun_anew() -> None:
-    large = torch.ones(16 * memory.MIB)
+    large = torch.ones(32 * memory.MIB)  # over 32 MiB the C library asks the system, whatever it holds itself
     del large
     memory.reset_peak()
     start = memory.process_bytes("VmHWM")
-    large = torch.ones(8 * memory.MIB)
-    assert 30 * memory.MIB < memory.process_bytes("VmHWM") - start < 40 * memory.MIB
+    large = torch.ones(16 * memory.MIB)
+    assert 60 * memory.MIB < memory.process_bytes("VmHWM") - start < 76 * memory.MIB
     assert len(large)
 
 
