@@ -51,9 +51,9 @@ from lightning_quant.group import Group, Member, Strays, hidden, join
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
-from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
+from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid, exchanged
 from lightning_quant.sites import Operator
-from lightning_quant.weights import WeightQuantizer, exchanged, rounded_again
+from lightning_quant.weights import WeightQuantizer, rounded_again
 
 # -- the state that the members of a group share ----------------------------------------------------------------------
 

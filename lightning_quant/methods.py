@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError, TensorSpec
-from lightning_quant.quantizers import MIN_SCALE, block_mean, sign, spread, wide
-from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer, exchanged, quantize_weight, round_weight
+from lightning_quant.quantizers import MIN_SCALE, block_mean, exchanged, sign, spread, wide
+from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer, quantize_weight, round_weight
 
 
 class _LearnedRound(torch.autograd.Function):
@@ -127,20 +127,7 @@ class DorefaWeight(WeightQuantizer):
         """The squashed weight, rounded."""
         assert fold is None and channel is None, self.name
         data = wide(weight)
-        y: Tensor = round_weight(self._squashed(data), self.grid(data).scale)
-        return y.to(weight.dtype)
-
-
-class _Sign(torch.autograd.Function):
-    """+1 at 0; the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+        return round_weight(self._squashed(data), self.grid(data).scale).to(weight.dtype)
 
 
 class BinaryWeight(WeightQuantizer):
@@ -165,8 +152,7 @@ class BinaryWeight(WeightQuantizer):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 weight.clamp_(-1, 1)
-        y: Tensor = _Sign.apply(weight)
-        return y
+        return exchanged(weight, sign(weight.detach()))
 
 
 class FixedRounding(WeightQuantizer):
@@ -226,8 +212,7 @@ class FixedRounding(WeightQuantizer):
             value = (q if grid.zero_point is None else q - grid.zero_point) * grid.scale
             if fold is not None:
                 value = torch.where(fold == 0, data, value / fold)  # a dead channel: whatever it holds is multiplied by 0
-        y: Tensor = exchanged(data, value)
-        return y.to(weight.dtype)
+        return exchanged(data, value).to(weight.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The integers, of the weight's shape and the smallest type that holds the grid, and the grid, on the host."""

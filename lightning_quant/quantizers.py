@@ -155,16 +155,21 @@ def _fake_quantize(x: Tensor, scale: float, lower: float, upper: float) -> Tenso
     return y
 
 
-class _FakeQuantizeThrough(torch.autograd.Function):
-    """`apply_method: clamp_round`: what is clipped passes its gradient, too."""
+class _Exchanged(torch.autograd.Function):
+    """See `exchanged`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
-        return _round_to_grid(x, scale, low, high)
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.detach()  # not the argument itself, which the model could not write into
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None, None, None
+        return grads[0], None
+
+
+def exchanged(x: Tensor, value: Tensor) -> Tensor:
+    """`value` in place of x, in its own memory; the gradient passes to x unchanged: straight through, where nothing clips."""
+    return _Exchanged.apply(x, value)  # type: ignore[no-any-return]
 
 
 class _FakeQuantizeLean(torch.autograd.Function):
@@ -392,7 +397,7 @@ class ActivationQuantizer:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return _round_to_grid(x, scale, low, high)
         if self.spec.apply_method == "clamp_round":
-            return _FakeQuantizeThrough.apply(x, scale, low, high)  # type: ignore[no-any-return]
+            return exchanged(x, _round_to_grid(x.detach(), scale, low, high))  # what is clipped passes its gradient, too
         lower, upper = (low - 0.5) * scale * _INWARDS, (high + 0.5) * scale * _INWARDS
         if self.absorbs:
             lower, upper = max(lower, self.floor), min(upper, self.cap)

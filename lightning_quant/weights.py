@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import TensorSpec
-from lightning_quant.quantizers import block_mean, block_range, on_host, spread, wide
+from lightning_quant.quantizers import block_mean, block_range, exchanged, on_host, spread, wide
 
 
 @dataclass(frozen=True)
@@ -34,41 +34,46 @@ def weight_grid(weight: Tensor, spec: TensorSpec) -> WeightGrid:
     `weight`: float, dimension 0 is the output channel. Scale and zero point have the shape (C, 1, ..) per out-channel,
     () per tensor, and otherwise one value a block, spread over it. A channel of zeros gets scale 1.
     """
-    if spec.granularity in ("per_tensor", "out_channel"):
-        keep = spec.granularity == "out_channel"
-        dims = tuple(range(1 if keep else 0, weight.dim()))
-        high, low = (
-            (weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep)) if dims else (weight.clone(), weight.clone())
-        )
-    else:
-        low, high = (spread(side, weight.shape).clone() for side in block_range(weight, spec.kernel(weight.dim())))
     if spec.scheme == "symmetric":
-        scale = _positive(torch.maximum(high, low.neg_()).div_((spec.qmax - spec.qmin) / 2))
+        scale = _positive(_largest(weight, spec).div_((spec.qmax - spec.qmin) / 2))
         zero = (spec.qmax + spec.qmin + 1) // 2
         return WeightGrid(scale, torch.full_like(scale, zero) if zero else None)
+    low, high = _ends(weight, spec)
     high, low = high.clamp_(min=0), low.clamp_(max=0)
     scale = _positive((high - low).div_(spec.qmax - spec.qmin))
     return WeightGrid(scale, (spec.qmin - (low / scale).round_()).clamp_(spec.qmin, spec.qmax))
 
 
+def _ends(weight: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """(least, greatest) value that shares a scale, new tensors of the shape that scales have."""
+    if spec.granularity not in ("per_tensor", "out_channel"):
+        low, high = (spread(side, weight.shape).clone() for side in block_range(weight, spec.kernel(weight.dim())))
+        return low, high
+    keep = spec.granularity == "out_channel"
+    dims = tuple(range(1 if keep else 0, weight.dim()))
+    return (weight.amin(dims, keepdim=keep), weight.amax(dims, keepdim=keep)) if dims else (weight.clone(), weight.clone())
+
+
 _SMALL = 1 << 15  # below this many values one pass less is slower than one call less
 
 
+def _largest(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """The largest absolute value that shares a scale, a new tensor of the shape that scales have."""
+    if spec.granularity == "out_channel" and weight.dim() > 1 and weight.numel() < _SMALL:
+        return weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True)
+    low, high = _ends(weight, spec)
+    return torch.maximum(high, low.neg_())
+
+
 def _plain_step(weight: Tensor, spec: TensorSpec) -> Tensor | None:
-    """The scale of `weight_grid` for training, in fewer steps; None where the grid is not symmetric about zero, or in blocks.
+    """The scale of `weight_grid` for training, in fewer steps; None where the grid is not symmetric about zero.
 
     A channel of zeros has the least scale, not 1: it is rounded to zeros all the same.
     """
-    if spec.scheme != "symmetric" or spec.qmin != -spec.qmax or spec.granularity not in ("per_tensor", "out_channel"):
+    if spec.scheme != "symmetric" or spec.qmin != -spec.qmax:
         return None
-    keep = spec.granularity == "out_channel"
-    dims = tuple(range(1 if keep else 0, weight.dim()))
-    if not dims or weight.numel() < _SMALL:
-        size = weight.abs()
-        largest = size.amax(dims, keepdim=keep) if dims else size
-    else:
-        largest = torch.maximum(weight.amax(dims, keepdim=keep), weight.amin(dims, keepdim=keep).neg_())
-    return largest.div_((spec.qmax - spec.qmin) / 2).clamp_(min=torch.finfo(largest.dtype).tiny)
+    scale = _largest(weight, spec).div_((spec.qmax - spec.qmin) / 2)
+    return scale.clamp_(min=torch.finfo(scale.dtype).tiny)
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -84,16 +89,13 @@ def quantize_weight(weight: Tensor, grid: WeightGrid, spec: TensorSpec) -> Tenso
     return q.clamp_(spec.qmin, spec.qmax)
 
 
-class _RoundWeight(torch.autograd.Function):
-    """Symmetric about zero with the current absolute maximum: nothing can clip, so the gradient passes unchanged."""
+def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """round(weight / scale) scale, with the gradient passing: on a symmetric grid of the current maximum nothing can clip."""
+    return exchanged(weight, _rounded(weight.detach(), scale))
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        return torch.div(weight, scale).round_().mul_(scale)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
+def _rounded(weight: Tensor, scale: Tensor) -> Tensor:
+    return torch.div(weight, scale).round_().mul_(scale)
 
 
 def _plainly_rounded(weight: Tensor, step: Tensor) -> Tensor:
@@ -102,29 +104,6 @@ def _plainly_rounded(weight: Tensor, step: Tensor) -> Tensor:
     if not torch.compiler.is_dynamo_compiling() and y.grad_fn is not None:
         y.grad_fn.step = step  # type: ignore[attr-defined]
     return y
-
-
-def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """round(weight / scale) scale, nothing clipped; the gradient passes."""
-    y: Tensor = _RoundWeight.apply(weight, scale)
-    return y
-
-
-class _Exchanged(torch.autograd.Function):
-    """Another value in place of x; the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
-
-
-def exchanged(x: Tensor, value: Tensor) -> Tensor:
-    """`value` in place of x; the gradient passes to x."""
-    return _Exchanged.apply(x, value)  # type: ignore[no-any-return]
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
@@ -253,7 +232,7 @@ def rounded_again(weight: Tensor, rounded: Tensor) -> Iterator[None]:
             raise _changed_since()
         if how is None:
             return saved  # type: ignore[no-any-return]
-        return torch.div(origin, step).round_().mul_(step).view(shape).as_strided(*how)
+        return _rounded(origin, step).view(shape).as_strided(*how)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -149,3 +149,23 @@ def test_behind_a_norm_alone() -> None:
     for channel in FAINT:
         assert bool((deployed[:, channel] == deployed[:1, channel].flatten()[0]).all())
         assert torch.equal(trained[:, channel], deployed[:, channel])
+
+
+@pytest.mark.parametrize("fuse_names", [[], [("0", "1")]])
+def test_the_model_may_write_into_what_was_exchanged(fuse_names: list[Any]) -> None:
+    """As an in-place ReLU does that nothing rounds, or a residual addition."""
+    torch.manual_seed(2)
+    net: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3))
+    twin: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(8, 3, 8, 8)
+    with torch.no_grad():
+        net[1].weight[FAINT] *= 1e-5
+    twin.load_state_dict(net.state_dict())
+    entry = {"op_names": ["0"], "target_names": ["weight"], "granularity": "per_tensor", "fuse_names": fuse_names}
+    outputs = []
+    for model in (net, twin):
+        prepare_model(model, make_plan(model, [entry], example_input=x)).train()
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+    assert torch.equal(*outputs)
+    assert torch.equal(net[0].weight.grad, twin[0].weight.grad)
