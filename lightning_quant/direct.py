@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.geometry import Geometry, as_signal
+from lightning_quant.geometry import Geometry
 from lightning_quant.operators import along_channels, exact_float, is_exact_float, step_on
 from lightning_quant.quantizers import Grid
 
@@ -159,26 +159,13 @@ class DirectLayer:
 
     def __call__(self, input: Tensor) -> Tensor:
         """As `IntegerLayer.forward`, for a plain input."""
-        g, dtype = self.geometry, input.dtype
-        linear = g.kind == "linear"
-        x = as_signal(input) if g.kind == "scale" else g.prepared_input(input)
-        lead = x.shape[:-1]
-        if linear and len(lead) != 1:
-            x = x.reshape(-1, x.shape[-1])
-        unbatched = g.kind == "conv" and x.dim() == self.dim - 1
-        if unbatched:
-            x = x.unsqueeze(0)
+        x = self.geometry.for_kernel(input, self.dim)
         out = self._sum(round_to(x, self.x_scale, self.low, self.high)).mul_(self.factor)
         if self.y is not None:
             out = out.round_().clamp_(self.y_low, self.y_high).mul_(self.y_scale)
         elif self.rectify is not None:
             out = out.clamp_(*self.rectify)
-        if linear and len(lead) != 1:
-            out = out.reshape(*lead, out.shape[-1])
-        if unbatched:
-            out = out.squeeze(0)
-        out = out.reshape(input.shape) if g.kind == "scale" else out
-        return out if dtype == torch.float32 else carried(out, dtype)
+        return carried(self.geometry.from_kernel(out, input, self.dim), input.dtype)
 
     def _sum(self, q: Tensor) -> Tensor:
         """The exact sums with the bias, rounded to float32: a new tensor. q: integers from the zero point on."""
@@ -223,8 +210,8 @@ def marks_of(buffers: Buffers) -> list[int] | None:
     """What changes when a buffer is exchanged, written to, or given other data; None where writing leaves no mark."""
     marks: list[int] = []
     try:
-        for one in (buffers["weight"], buffers["scale"], buffers["zero_point"], buffers["bias"]):
-            if one is not None:
+        for name in _BUFFERS:
+            if (one := buffers[name]) is not None:
                 marks += (id(one), one._version, one.data_ptr())
     except RuntimeError:  # made in inference mode
         return None

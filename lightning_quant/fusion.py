@@ -124,7 +124,7 @@ class Ending(Group):
 
     def hand_on(self, y: Tensor, to: int, integer: bool) -> Tensor:
         """What a member made, on its way to the next one, `members[to]`. `integer`: the deployed layer's result."""
-        if not torch.compiler.is_dynamo_compiling() and to < len(self.members) and not self.again:
+        if to < len(self.members) and not self.again:
             if self.under_way:
                 for key in [key for key, passing in self.under_way.items() if passing.tensor() is None]:
                     self.count(True, training=self.under_way.pop(key).training)
@@ -142,7 +142,7 @@ class Ending(Group):
         The forward may take another branch than the recorded one and bring a member something else, or change it on the way: in
         training a member does its own part anyway, but what is foreign moves no range, and `convert_model` refuses.
         """
-        if self.again or torch.compiler.is_dynamo_compiling():
+        if self.again:
             return "member"
         passing = self.under_way.get(id(x))
         genuine = passing is not None and passing.tensor() is x and passing.to == to and passing.version == _version(x)

@@ -29,6 +29,26 @@ class Geometry:
         """x padded where the convolution itself cannot pad so (reflect, circular, replicate, uneven 'same')."""
         return x if self.pad is None else F.pad(x, self.pad, mode=self.pad_mode)
 
+    def for_kernel(self, input: Tensor, dim: int) -> Tensor:
+        """A layer's input as its kernel takes it: padded, with a batch, a linear layer's as rows. dim: of the weight."""
+        if self.kind == "linear":
+            return input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+        if self.kind == "scale":
+            return as_signal(input)
+        x = self.prepared_input(input)
+        return x.unsqueeze(0) if self._is_unbatched(input, dim) else x
+
+    def from_kernel(self, out: Tensor, input: Tensor, dim: int) -> Tensor:
+        """What a kernel made of `for_kernel(input, dim)`, in the shape that the layer's result has."""
+        if self.kind == "linear":
+            return out if input.dim() == 2 else out.reshape(*input.shape[:-1], out.shape[-1])
+        if self.kind == "scale":
+            return out.reshape(input.shape)
+        return out.squeeze(0) if self._is_unbatched(input, dim) else out
+
+    def _is_unbatched(self, input: Tensor, dim: int) -> bool:
+        return self.kind == "conv" and input.dim() == dim - 1
+
     @classmethod
     def of(cls, layer: nn.Module) -> Geometry:
         """The geometry of a convolution, transposed or not, a linear layer or a batch norm."""

@@ -88,7 +88,7 @@ class Group:
         self.deployed_from: tuple[list[nn.Module], list[Any], list[int]] = ([], [], [])  # see `_now`
         self.integer_pass = False  # this pass runs the deployed layer
         self.observing = False  # this pass: training or calibrating, and the schedule lets ranges move
-        self.again = False  # this pass repeats one for its gradients
+        self.again = False  # nothing is counted: this pass repeats one for its gradients, or it is compiled
         self.training = True  # this pass is one of training
         self.shares: dict[Any, Share] = {}  # by what the layer calls the input
 
@@ -134,7 +134,7 @@ class Group:
 
     def read(self, key: Any) -> None:
         """Count that an input was read whose range may be another layer's, in this pass."""
-        if not torch.compiler.is_dynamo_compiling() and key in self.shares and not self.again:
+        if key in self.shares and not self.again:
             self.shares[key].read(training=self.training)
 
     @property
@@ -180,7 +180,7 @@ class Group:
     def begin(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         """Decide what this pass is; True if the deployed layer runs."""
         if torch.compiler.is_dynamo_compiling():  # compiled is training alone; see `Member`
-            self.again, self.training, self.observing, self.integer_pass = False, True, self.phase.observe, False
+            self.again, self.training, self.observing, self.integer_pass = True, True, self.phase.observe, False
             self.deployed = None
             return False
         # A forward inside backward is a checkpoint's second one: on the range of the first, which has observed the batch.

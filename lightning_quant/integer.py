@@ -292,27 +292,15 @@ class IntegerLayer(nn.Module):
 
     def _by_operators(self, input: Tensor) -> Tensor:
         """As `forward`, from the integers and by the operators that saved programs call."""
-        ops, grid, g = torch.ops.lightning_quant, self.x, self.geometry
-        dtype = input.dtype
-        x = as_signal(input) if g.kind == "scale" else g.prepared_input(input)
-        lead = x.shape[:-1]
-        if g.kind == "linear" and x.dim() != 2:
-            x = x.reshape(-1, x.shape[-1])
-        unbatched = g.kind == "conv" and x.dim() == self.weight.dim() - 1
-        if unbatched:
-            x = x.unsqueeze(0)
+        ops, grid = torch.ops.lightning_quant, self.x
+        x = self.geometry.for_kernel(input, self.weight.dim())
         q = ops.quantize(x, grid.scale, grid.zero_point, grid.qmin, grid.qmax)
         out = self._multiply(q)
         if self.y is not None:
             out = ops.dequantize(out, self.y.scale, self.y.zero_point)
         elif self.rectify is not None:
             out = out.clamp(*self.rectify)
-        if g.kind == "linear" and len(lead) != 1:
-            out = out.reshape(*lead, out.shape[-1])
-        if unbatched:
-            out = out.squeeze(0)
-        out = out.reshape(input.shape) if g.kind == "scale" else out
-        return carried(out, dtype)
+        return carried(self.geometry.from_kernel(out, input, self.weight.dim()), input.dtype)
 
     def _multiply(self, q: Tensor) -> Tensor:
         ops, g, y = torch.ops.lightning_quant, self.geometry, self.y

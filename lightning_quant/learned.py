@@ -97,14 +97,13 @@ class LearnedActivation(ActivationQuantizer):
         self.changes += 1
 
     def _start(self, x: Tensor) -> None:
+        """Begin from a batch that holds more than zeros."""
         raise NotImplementedError
 
-    def _signed(self, x: Tensor) -> bool:
-        """Whether the grid has to be symmetric about zero."""
-        return self.spec.scheme == "symmetric" or (not self.absorbs and bool((x < 0).any()))
-
-    def _middle(self) -> int:
-        return (self.spec.qmax + self.spec.qmin + 1) // 2
+    def _zero_for(self, x: Tensor) -> int:
+        """The zero point for a first batch: the grid's middle where it has to be symmetric about zero, else its least level."""
+        signed = self.spec.scheme == "symmetric" or (not self.absorbs and bool((x < 0).any()))
+        return (self.spec.qmax + self.spec.qmin + 1) // 2 if signed else self.spec.qmin
 
     def _bound(self) -> None:
         """Keep what is learned positive: a step of the optimizer may have gone past zero."""
@@ -183,10 +182,8 @@ class LsqActivation(LearnedActivation):
         return {"scale": self.scale}
 
     def _start(self, x: Tensor) -> None:
-        self.zero_point = self._middle() if self._signed(x) else self.spec.qmin
-        positive = self.spec.qmax - self.zero_point
-        size = float(x.abs().mean())
-        self.scale.fill_(2 * size / math.sqrt(positive) if size > 0 else 1.0)
+        self.zero_point = self._zero_for(x)
+        self.scale.fill_(2 * float(x.abs().mean()) / math.sqrt(self.spec.qmax - self.zero_point))
 
     def _bound(self) -> None:
         self.scale.data.clamp_(min=MIN_SCALE)  # past autograd's version counter: a layer may run twice in one forward
@@ -277,9 +274,8 @@ class PactActivation(LearnedActivation):
         return {"alpha": self.alpha}
 
     def _start(self, x: Tensor) -> None:
-        self.zero_point = self._middle() if self._signed(x) else self.spec.qmin
-        most = float(x.abs().amax())
-        self.alpha.fill_(most if most > 0 else 1.0)
+        self.zero_point = self._zero_for(x)
+        self.alpha.fill_(float(x.abs().amax()))
 
     def _bound(self) -> None:
         self.alpha.data.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))

@@ -177,22 +177,20 @@ def test_what_lean_needs_again_must_not_change(what: str) -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("memory", ["small", "", None, 1])
-def test_a_memory_that_is_none(memory: Any) -> None:
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        *(({"memory": value}, r"^memory: .* is not one of exact, lean\.$") for value in ("small", "", None, 1)),
+        *(({"simulate_bias": value}, r"^simulate_bias: .* is not true or false\.$") for value in ("no", 1, None)),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_none(option: dict[str, Any], problem: str) -> None:
     net = blocks()
-    with pytest.raises(ConfigError, match=r"^memory: .* is not one of exact, lean\.$"):
-        prepared(net, memory=memory)
-    with pytest.raises(ConfigError, match=r"^memory: .* is not one of exact, lean\.$"):
-        QuantFusionCallback("int8", memory=memory)
-
-
-@pytest.mark.parametrize("value", ["no", 1, None])
-def test_a_switch_that_is_none(value: Any) -> None:
-    net = blocks()
-    with pytest.raises(ConfigError, match=r"^simulate_bias: .* is not true or false\.$"):
-        prepared(net, simulate_bias=value)
-    with pytest.raises(ConfigError, match=r"^simulate_bias: .* is not true or false\.$"):
-        QuantFusionCallback("int8", simulate_bias=value)
+    with pytest.raises(ConfigError, match=problem):
+        prepared(net, **option)
+    with pytest.raises(ConfigError, match=problem):
+        QuantFusionCallback("int8", **option)
 
 
 def test_a_lean_fit_is_the_exact_one(quiet_trainer: Callable[..., Trainer]) -> None:
