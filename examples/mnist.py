@@ -3,6 +3,8 @@
 
 python examples/mnist.py                              # scikit-learn's handwritten digits, under a minute
 python examples/mnist.py --data mnist.npz --epochs 2  # MNIST: arrays x_train, y_train, x_test, y_test
+
+The same net from a terminal, without a line of quantization in Python: mnist.yaml.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_quant import QuantFusionCallback, load_deployed
@@ -46,7 +48,11 @@ CONFIGS = {"documentation": DOCUMENTATION, "whole": WHOLE_NET}
 
 
 class Mnist(LightningModule):
-    """Images (N, 1, 28, 28) to log-probabilities (N, 10); nothing in it knows of quantization."""
+    """Images (N, 1, 28, 28) to log-probabilities (N, 10); nothing in it knows of quantization.
+
+    Args:
+        learning_rate: of Adam.
+    """
 
     def __init__(self, learning_rate: float = 1e-3) -> None:
         super().__init__()
@@ -84,6 +90,13 @@ class Mnist(LightningModule):
         self.accuracy(self(images), labels)
         self.log("accuracy", self.accuracy, prog_bar=True)
 
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        classes: Tensor = self(batch[0]).argmax(1)
+        return classes
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
 
@@ -109,6 +122,37 @@ def load_data(file: Path | None) -> tuple[TensorDataset, TensorDataset]:
         for images, labels in parts
     )
     return train, test
+
+
+class MnistData(LightningDataModule):
+    """What `load_data` gives; a tenth of the training images is for validation.
+
+    Args:
+        file: an .npz file of MNIST (arrays x_train, y_train, x_test, y_test); None for scikit-learn's digits.
+        batch_size: of training; the others take 500 images at a time.
+    """
+
+    def __init__(self, file: Path | None = None, batch_size: int = 64) -> None:
+        super().__init__()
+        self.file, self.batch_size = file, batch_size
+        self.parts: list[Dataset[tuple[Tensor, ...]]] = []
+
+    def setup(self, stage: str) -> None:
+        train, test = load_data(self.file)
+        # The same images in every process: what is validated here must not be what was trained on there.
+        self.parts = [*random_split(train, [0.9, 0.1], generator=torch.Generator().manual_seed(0)), test]
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.parts[0], batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.parts[1], batch_size=500)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.parts[2], batch_size=500)
+
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.test_dataloader()
 
 
 def trainer(epochs: int, out: Path, **options: Any) -> Trainer:

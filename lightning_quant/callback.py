@@ -25,7 +25,7 @@ from lightning_quant.capture import find_example
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
 from lightning_quant.delivery import check_conversion, write_files
-from lightning_quant.export import export_options
+from lightning_quant.export import export_model, export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
 from lightning_quant.monitor import Ranges, begin_count, checked_interval, drift, end_count, ranges_of
@@ -188,7 +188,7 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
-        self.plan = plan = self._make_plan(trainer, pl_module)
+        self.plan = plan = self.make_plan(trainer, pl_module)
         self.deployed_model = None
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
@@ -212,7 +212,8 @@ class QuantFusionCallback(Callback):
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
 
-    def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
+    def make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
+        """What would be attached to `pl_module`, which `trainer` is about to fit; changes nothing."""
         scope, why = scope_of(pl_module, self.root), "no example input was found"
         graph: Graph | None = None
         self._example, self._entry = None, ""
@@ -361,7 +362,7 @@ class QuantFusionCallback(Callback):
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
             write_files(deployed.get_submodule(self._entry), folder, self.export, self._example, verbose=self.verbose)
 
-    def _unfinished(self, pl_module: pl.LightningModule) -> str | None:
+    def _unfinished(self, pl_module: nn.Module) -> str | None:
         """Why there is nothing to convert: eval mode would not show what is shipped."""
         groups, blind = len(prepared_groups(pl_module)), unobserved(pl_module)
         if not self._phase.quantize or not self._layers:
@@ -384,6 +385,27 @@ class QuantFusionCallback(Callback):
         """
         self.deployed_model = convert_model(pl_module)
         return self.deployed_model
+
+    def export_to(self, pl_module: nn.Module, path: str | os.PathLike[str], **options: Any) -> Path:
+        """Convert `pl_module` as it is now and write the result to `path`, checked twice: as at the end of a fit.
+
+        Args:
+            pl_module: the model that this callback prepared, on the CPU.
+            path: where to; its suffix is the format.
+            options: those of `export_model`; `example_input` is what was recorded, if it is not given.
+
+        Raises:
+            ConfigError: if something is not quantized yet, nothing was recorded, or for an option of `export_model`.
+            ParityError: if the file computes something else; there is none then.
+        """
+        if (why := self._unfinished(pl_module)) is not None:
+            raise ConfigError(f"{why}, so there is nothing to export.")
+        if self._example is None:
+            raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
+        twin, deployed = copy_of(pl_module), convert_model(pl_module)
+        check_conversion(twin.get_submodule(self._entry), deployed.get_submodule(self._entry), self._example)
+        self.deployed_model = deployed
+        return export_model(deployed.get_submodule(self._entry), path, **{"example_input": self._example, **options})
 
     def _best_checkpoint(self, trainer: pl.Trainer) -> tuple[str, dict[str, Any]] | None:
         """The best checkpoint of the first monitored ModelCheckpoint that was saved with quantization active."""

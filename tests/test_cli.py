@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-import os
-import runpy
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
 from toys import Lit
 
 from lightning_quant import QuantFusionCallback
-from lightning_quant.export import onnxruntime_session
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 HEAD = """
 trainer:
   max_epochs: 1
@@ -260,72 +251,3 @@ def test_our_words_are_in_the_parsers_error(folder: Path, arguments: dict[str, A
     config = write(folder / "conf" / "cli.yaml", arguments)
     with pytest.raises(ValueError, match=text.replace("{folder}", str(folder))):
         cli("--config", config)
-
-
-# -- the example, as a user runs it ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    working = tmp_path_factory.mktemp("working")
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, EXAMPLES / "cli.py", *arguments]
-        done = subprocess.run(
-            command,
-            cwd=working,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert not list(working.iterdir()), "everything is written to default_root_dir"
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def fitted(script: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `fit` wrote to."""
-    out = tmp_path_factory.mktemp("out")
-    done = script("fit", "--config", EXAMPLES / "digits.yaml", f"--trainer.default_root_dir={out}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "conv1   bn1, relu1" in done.stderr
-    return out
-
-
-def test_the_example_writes_a_model_a_checkpoint_and_its_config(fitted: Path) -> None:
-    files = {str(path.relative_to(fitted)) for path in fitted.rglob("*") if path.is_file()}
-    assert files == {"model.onnx", "config.yaml", "checkpoints/best.ckpt"}
-    onnx.checker.check_model(fitted / "model.onnx")
-    state = torch.load(fitted / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]["QuantFusionCallback"]
-    assert state["config_list"] == yaml.safe_load((EXAMPLES / "quant.yaml").read_text())
-
-
-def test_the_examples_model_reads_digits(fitted: Path) -> None:
-    data = runpy.run_path(str(EXAMPLES / "cli.py"))["Digits"]()
-    data.setup("test")
-    session = onnxruntime_session(fitted / "model.onnx")
-    (name,) = (value.name for value in session.get_inputs())
-    right = [session.run(None, {name: x.numpy()})[0].argmax(1) == y.numpy() for x, y in data.test_dataloader()]
-    assert np.concatenate(right).mean() >= 0.95
-
-
-def test_the_saved_config_tests_the_checkpoint(script: Callable[..., subprocess.CompletedProcess[str]], fitted: Path) -> None:
-    before = (fitted / "config.yaml").read_text()
-    done = script("test", "--config", fitted / "config.yaml", "--ckpt_path", fitted / "checkpoints" / "best.ckpt")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (accuracy,) = (float(line.split("│")[2]) for line in done.stdout.splitlines() if "accuracy" in line and "│" in line)
-    assert accuracy >= 0.95
-    assert (fitted / "config.yaml").read_text() == before, "the config beside the model is that of fit"
-
-
-def test_a_config_error_ends_the_script(script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    config = (EXAMPLES / "digits.yaml").read_text().replace("quant.yaml", "quant.yml")
-    (tmp_path / "digits.yaml").write_text(config)
-    (tmp_path / "quant.yaml").write_text(QUANT)
-    done = script("fit", "--config", tmp_path / "digits.yaml")
-    assert done.returncode != 0
-    assert f"nor a file; looked in {tmp_path}. Did you mean 'quant.yaml'?" in done.stderr

@@ -147,10 +147,3 @@ def test_the_readmes_truth_table(row: list[str]) -> None:
 
 def test_the_table_is_whole() -> None:
     assert len(precedence()) == 6
-
-
-def test_readmes_terminal_lines_are_those_of_the_example() -> None:
-    readme, script = (ROOT / "README.md").read_text(), (ROOT / "examples" / "cli.py").read_text()
-    (block,) = re.findall(r"```console\n(.*?)```", readme, flags=re.DOTALL)
-    for line in block.splitlines():
-        assert line.removeprefix("$ .venv/bin/") in script, line

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the command line: `python -m lightning_quant`, a LightningCLI for any model and data, with plan, export and report.
+
+There is no console script: `python -m` has the working directory among the places that a config's `class_path` is imported from,
+a script has not. Nor does the package register callbacks with Lightning (entry point `lightning.pytorch.callbacks_factory`):
+every Trainer of the environment would get one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from typing_extensions import override
+
+from lightning_quant.callback import QuantFusionCallback
+from lightning_quant.config import ConfigError, closest
+from lightning_quant.export import ParityError, export_options
+from lightning_quant.layers import Plan
+
+PROGRAM = "python -m lightning_quant"
+
+
+class QuantTrainer(Trainer):
+    """A Trainer that can also end a fit before its first batch, and tell or write what stands there."""
+
+    def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Shows what the config would do to the model: nothing is trained, changed or written."""
+        plans: list[Plan] = []
+        self._begin_fit(lambda callback: plans.append(callback.make_plan(self, model)), model, datamodule)
+        sys.stdout.write(f"{plans[0]}\n")
+
+    def export(
+        self,
+        model: LightningModule,
+        ckpt_path: str | None,
+        format: Literal["onnx", "pt2"] | None = None,
+        output: str | None = None,
+        dynamic_batch: bool = True,
+        atol: float | None = None,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Converts a checkpoint and writes the file that is deployed, checked against the converted model.
+
+        Args:
+            model: the config's.
+            ckpt_path: the checkpoint, saved in a fit with QuantFusionCallback.
+            format: onnx or pt2; left out, the output's suffix, else onnx.
+            output: the file to write; left out, it stands beside the checkpoint and has its name.
+            dynamic_batch: leave the batch size free.
+            atol: allowed difference of any output, relative to its largest value; left out, 1e-4 where every quantized tensor
+                comes from integers, else 5e-2.
+            datamodule: the config's.
+        """
+        checkpoint = _checkpoint(ckpt_path)
+        path = _target(checkpoint, format, output)
+        options = {"dynamic_batch": dynamic_batch, "atol": atol}
+        export_options({path.suffix: options})
+        callback = self._attach(model, datamodule, checkpoint)
+        sys.stdout.write(f"wrote {callback.export_to(model, path, **options)}\n")
+
+    def report(
+        self,
+        model: LightningModule,
+        ckpt_path: str | None,
+        html: str | None = None,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Shows the layers of a checkpoint, and what quantization costs each.
+
+        Args:
+            model: the config's.
+            ckpt_path: the checkpoint, saved in a fit with QuantFusionCallback.
+            html: write the report to this file, too.
+            datamodule: the config's.
+        """
+        summarize = importlib.import_module("lightning_quant.report").summarize
+        self._attach(model, datamodule, _checkpoint(ckpt_path))
+        report = summarize(model)
+        sys.stdout.write(f"{report}\n")
+        if html is not None:
+            Path(html).write_text(report._repr_html_(), encoding="utf-8")
+
+    def _attach(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str) -> QuantFusionCallback:
+        """Prepare `model` as a fit resumed from this checkpoint would."""
+        found: list[QuantFusionCallback] = []
+
+        def attach(callback: QuantFusionCallback) -> None:
+            if not callback.state_dict():
+                raise ConfigError(
+                    f"ckpt_path: {ckpt_path!r} holds nothing of {type(callback).__name__}: it was saved without the callback, or "
+                    "before it was attached. Give a checkpoint of a fit with this config."
+                )
+            callback.on_fit_start(self, model)
+            found.append(callback)
+
+        self._begin_fit(attach, model, datamodule, ckpt_path)
+        return found[0]
+
+    def _begin_fit(
+        self,
+        deed: Callable[[QuantFusionCallback], object],
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """All that Lightning does before the first batch of a fit, then `deed`."""
+        (hook,) = (callback for callback in self.callbacks if isinstance(callback, _Instead))  # type: ignore[attr-defined]
+        hook.deed = deed
+        with warnings.catch_warnings():
+            # Of a checkpoint's other callbacks: they have nothing to do here.
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+
+
+class _Instead(Callback):
+    """Does a deed where a fit would begin, and ends the fit there."""
+
+    deed: Callable[[QuantFusionCallback], object]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, QuantFusionCallback)]  # type: ignore[attr-defined]
+        if not ours:
+            raise ConfigError(
+                "trainer.callbacks: the config has no QuantFusionCallback, so there is nothing to plan or to convert; add "
+                "'- class_path: lightning_quant.QuantFusionCallback'."
+            )
+        self.deed(ours[0])
+        raise _TunerExitException  # Lightning's own tuners end a fit this way: teardown, no batch, no error
+
+
+def _checkpoint(path: str | None) -> str:
+    """The path of a checkpoint, which is there."""
+    if path is None:
+        raise ConfigError("ckpt_path: no checkpoint is named; give --ckpt_path and the path of one that fit saved.")
+    if "://" not in path and not os.path.isfile(path):
+        folder = Path(path).absolute().parent
+        near = closest(os.path.basename(path), os.listdir(folder) if folder.is_dir() else [], 1)
+        hint = f" Did you mean {os.path.join(os.path.dirname(path), near[0])!r}?" if near else ""
+        gone = "" if folder.is_dir() else ", which does not exist"
+        raise ConfigError(f"ckpt_path: there is no file {path!r}; looked in {folder}{gone}.{hint}")
+    return path
+
+
+def _target(ckpt_path: str, format: str | None, output: str | None) -> Path:
+    """The file to write."""
+    if output is None:
+        return Path(ckpt_path).with_suffix(f".{format or 'onnx'}")
+    if format is not None and Path(output).suffix != f".{format}":
+        raise ConfigError(f"output: {output!r} does not end in .{format}, the format; leave out one of the two.")
+    return Path(output)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes `config.yaml` beside the model that it describes, once a fit is known to begin; of other commands it saves none."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait: an error in the plan is to leave the files of the fit before as they are."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        super().setup(trainer, pl_module, "fit")
+
+
+# What needs no more of the machine than one process on the CPU, whatever the fit had, and writes nothing.
+_INSTEAD: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "plugins": None,
+    "sync_batchnorm": False,
+    "profiler": None,
+    "fast_dev_run": False,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+_OWN = ("plan", "export", "report")
+
+
+class QuantCLI(LightningCLI):
+    """LightningCLI for any model and data (`class_path`), with three commands that train nothing."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            trainer_class=QuantTrainer,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,  # what Lightning takes, too, but with a warning
+            parser_kwargs={"prog": PROGRAM, "description": "Lightning's command line, and quantization's"},
+            args=list(args),
+        )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands and ours, each with the arguments that are no options."""
+        own = {name: {"model", "datamodule", "ckpt_path"} for name in _OWN}
+        return {**LightningCLI.subcommands(), **own}
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand not in _OWN:
+            return parser
+        taken = self._subcommand_method_arguments[subcommand]
+        if subcommand != "plan":
+            text = "The checkpoint: one that was saved in a fit with QuantFusionCallback."
+            parser.add_argument("--ckpt_path", "--ckpt", type=str | None, default=None, help=text)
+            taken.append("ckpt_path")
+        for key in self._subcommand_method_arguments["fit"]:  # a config that fit saved has them all
+            if key not in taken:
+                parser.add_argument(f"--{key}", type=Any, default=None, help=argparse.SUPPRESS)
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What the command line says overrules its files, wherever they stand in it: a saved config has `ckpt_path: null`."""
+        self.config = parser.parse_args(_files_first(args))
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """As in Lightning, a checkpoint's arguments of the model overrule the config's, but only if it has their class, too."""
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path and os.path.isfile(path):
+            saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            if "_class_path" in saved:  # else it is of a fit in Python, where Lightning would end with an error
+                super()._parse_ckpt_path()
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """A single callback becomes a list: an error in what jsonargparse takes for a list keeps its cause."""
+        trainer = self._get(self.config, "trainer")
+        if not isinstance(trainer["callbacks"], list | None):
+            trainer["callbacks"] = [trainer["callbacks"]]
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """For our commands: with our callback alone, and what ends the fit before it begins."""
+        if self.subcommand in _OWN:
+            self.save_config_callback = None
+            given = self._get(self.config_init, "trainer")["callbacks"] or []
+            ours = [callback for callback in given if isinstance(callback, QuantFusionCallback)]
+            kwargs = {**_INSTEAD, "callbacks": [_Instead(), *ours]}
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        return trainer
+
+
+def _files_first(args: Sequence[str]) -> list[str]:
+    """The same arguments, those that name config files directly behind the command."""
+    begin = next((place for place, word in enumerate(args) if word in QuantCLI.subcommands()), -1) + 1
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(args[begin:])
+    for word in words:
+        if word in ("-c", "--config"):
+            files += [word, *(value for _, value in zip(range(1), words, strict=False))]
+        else:
+            (files if word.startswith("--config=") else rest).append(word)
+    return [*args[:begin], *files, *rest]
+
+
+def _own_error(error: BaseException | None) -> ConfigError | ParityError | None:
+    """The error of ours that is behind this one, if there is one; jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, ConfigError | ParityError):
+        error = error.__cause__
+    return error
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a ConfigError, 1 for a ParityError, each said in one last line.
+
+    Args:
+        args: what stands behind `python -m lightning_quant`; None for what stood there.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("jsonargparse", "docstring_parser")):
+        sys.stderr.write(f"{PROGRAM} needs jsonargparse: pip install 'lightning_quant[cli]'\n")
+        return 2
+    try:
+        QuantCLI(sys.argv[1:] if args is None else args)
+    except Exception as error:
+        ours = _own_error(error)
+        if ours is None:
+            raise
+        sys.stderr.write(f"{PROGRAM}: error: {ours}\n")
+        return 2 if isinstance(ours, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
