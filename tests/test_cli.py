@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningCLI
-from toys import Lit
+from toys import Lit, loader
 
 from lightning_quant import QuantFusionCallback
+from lightning_quant.prepare import learned_parameters
 
 HEAD = """
 trainer:
@@ -182,9 +184,64 @@ def test_a_section_of_its_own(folder: Path) -> None:
             parser.add_lightning_class_args(QuantFusionCallback, "quant")
 
     (folder / "conf" / "cli.yaml").write_text(HEAD + "quant:\n  config_list: quant.yaml\n")
-    run = Own(Lit, run=False, save_config_callback=None, args=["--config", "conf/cli.yaml", "--quant.verbose=0"])
+    options = ["--config", "conf/cli.yaml", "--quant.verbose=0"]
+    run = Own(Lit, run=False, save_config_callback=None, seed_everything_default=0, args=options)
     (callback,) = (c for c in run.trainer.callbacks if isinstance(c, QuantFusionCallback))  # type: ignore[attr-defined]
     assert (callback.config_list, callback.verbose) == ([ENTRY], 0)
+
+
+def test_a_section_of_its_own_may_be_linked(folder: Path) -> None:
+    class Own(LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.add_lightning_class_args(QuantFusionCallback, "quant")
+            parser.link_arguments("trainer.max_epochs", "quant.schedule", compute_fn=frozen_last)
+            parser.link_arguments("trainer.default_root_dir", "quant.dirpath")
+
+    (folder / "cli.yaml").write_text(HEAD + "quant:\n  config_list: int8\n  verbose: 0\n")
+    options = ["--config", "cli.yaml", "--trainer.max_epochs=3", "--trainer.default_root_dir=out", "--quant.export=[.pt2]"]
+    run = Own(Lit, run=False, save_config_callback=None, seed_everything_default=0, args=options)
+    (callback,) = (c for c in run.trainer.callbacks if isinstance(c, QuantFusionCallback))  # type: ignore[attr-defined]
+    assert callback.schedule.freeze_batch_norm == "epoch 2"
+    run.trainer.fit(run.model, loader(), loader())
+    assert callback.deployed_model is not None
+    assert (folder / "out" / "model.pt2").is_file()
+
+
+def frozen_last(epochs: int) -> dict[str, str]:
+    """A schedule that freezes batch norm in the last of so many epochs."""
+    return {"freeze_batch_norm": f"epoch {epochs - 1}"}
+
+
+Options = dict[str, float]
+
+
+@pytest.mark.filterwarnings("ignore:.*will be overridden by `LightningCLI.configure_optimizers`")
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [(None, {}), ("StepLR", {"step_size": 1, "gamma": 0.5}), ("OneCycleLR", {"max_lr": 0.1, "total_steps": 2})],
+)
+def test_an_optimizer_of_the_command_line_learns_scales(folder: Path, scheduler: str | None, options: Options) -> None:
+    """It is made while the command line is read, before there are scales; the twin makes its own when fit begins."""
+    config = write(folder / "cli.yaml", {"config_list": [{"op_types": ["Conv2d", "Linear"], "method": "lsq"}], "verbose": 0})
+    given = ["--config", config, "--trainer.max_epochs=2", "--trainer.enable_checkpointing=false"]
+    words = [f"--lr_scheduler={scheduler}", *(f"--lr_scheduler.{key}={value}" for key, value in options.items())]
+    run = cli(*given, "--optimizer=SGD", "--optimizer.lr=0.1", "--optimizer.momentum=0.9", *(words if scheduler else []))
+    twin = cli(*given)
+
+    def configure_optimizers() -> Any:
+        optimizer = torch.optim.SGD(twin.model.parameters(), lr=0.1, momentum=0.9)
+        return ([optimizer], [getattr(torch.optim.lr_scheduler, scheduler)(optimizer, **options)]) if scheduler else optimizer
+
+    twin.model.configure_optimizers = configure_optimizers
+    found = []
+    for one in (run, twin):
+        one.trainer.fit(one.model, loader(), loader())
+        learned = learned_parameters(one.model)
+        (optimizer,) = one.trainer.optimizers
+        assert {"conv1.weight.scale", "conv1._output_.scale", "fc.weight.scale"} <= set(learned)
+        assert all(optimizer.state[parameter]["momentum_buffer"].any() for parameter in learned.values())
+        found.append({**learned, **one.model.state_dict()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 # -- configs that are fed back ---------------------------------------------------------------------------------------------

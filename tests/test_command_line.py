@@ -145,7 +145,7 @@ def test_a_saved_config_gives_the_same_run(fitted: Path, capsys: pytest.CaptureF
     assert "conv1   bn1, relu1" in plans[0]
 
 
-@pytest.mark.filterwarnings("ignore:.*was never fitted here")
+@pytest.mark.filterwarnings("ignore:.*was never fitted here", "ignore:Checkpoint directory .* is not empty")
 def test_the_config_stays_that_of_the_last_fit_that_began(fitted: Path) -> None:
     saved = (fitted / "config.yaml").read_text()
     config, best = str(fitted / "config.yaml"), str(fitted / "checkpoints" / "best.ckpt")

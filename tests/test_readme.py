@@ -130,6 +130,6 @@ def test_no_file_passes_500_lines() -> None:
 def test_importing_the_package_needs_no_extra() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnxruntime', 'onnxscript', 'jsonargparse', 'sklearn']));"
-        "import lightning_quant.__main__"
+        "import lightning_quant"
     )
     run(["-c", code], ROOT)
