@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from toys import FUSED, Lit, loader
 
-from lightning_quant import ConfigError, QuantFusionCallback
+from lightning_quant import ConfigError, QuantFusionCallback, load_deployed
 from lightning_quant.sources import ConfigFile, read_config
 
 PRESETS = ("int8", "w4a8")
@@ -350,6 +350,52 @@ def test_hydra_instantiates_the_callback(folder: Path) -> None:
     assert callback.settings == {"Linear": {"weight": {"quant_dtype": "int8"}}}
     assert (callback.schedule.observe_stop, callback.schedule.freeze_batch_norm) == ("80%", "epoch 8")
     assert callback.export == {".onnx": {}}
+
+
+def test_hydra_instantiates_a_run_that_trains(folder: Path) -> None:
+    """As lightning-hydra-template does it: callbacks one by one, then the trainer with all of them; nothing is converted."""
+    config = OmegaConf.create(
+        {
+            "types": ["Conv2d", "Linear"],
+            "epochs": 2,
+            "model": {"_target_": "toys.Lit", "lr": 0.03},
+            "callbacks": {
+                "quant": {
+                    "_target_": "lightning_quant.QuantFusionCallback",
+                    "config_list": [{**ENTRIES[0], "op_types": "${types}"}],
+                    "schedule": {"freeze_batch_norm": "epoch 1", "observe_stop": "80%"},
+                    "settings": {"Linear": {"weight": {"granularity": "per_tensor"}}},
+                    "calibration": {"batches": 2},
+                    "export": {".pt2": {"atol": 0.1}},
+                    "dirpath": "out",
+                    "verbose": 0,
+                },
+                "none": None,
+            },
+            "trainer": {
+                "_target_": "lightning.pytorch.Trainer",
+                "max_epochs": "${epochs}",
+                "accelerator": "cpu",
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "default_root_dir": "out",
+            },
+        }
+    )
+    callbacks = [instantiate(one) for one in config.callbacks.values() if one is not None]
+    model, trainer = instantiate(config.model), instantiate(config.trainer, callbacks=callbacks)
+    trainer.fit(model, loader(), loader())
+    plan, deployed = callbacks[0].plan, callbacks[0].deployed_model
+    groups = [(layer.name, layer.fused_with) for layer in plan.layers]
+    assert groups == [("conv1", ("bn1", "relu1")), ("conv2", ("bn2", "relu2")), ("fc", ())]
+    assert plan.layers[2].targets["weight"].spec.granularity == "per_tensor"
+    images = next(iter(loader(seed=1)))[0]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), deployed(images))
+        assert torch.equal(load_deployed("out/model.pt2")(images), deployed(images))
+    (path,) = Path("out/checkpoints").glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["callbacks"]["QuantFusionCallback"]["config_list"] == ENTRIES
 
 
 def test_settings_of_a_file_reach_the_plan(quiet_trainer: Callable[..., Trainer], folder: Path) -> None:
