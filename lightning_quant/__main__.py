@@ -25,8 +25,11 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_quant.callback import QuantFusionCallback
+from lightning_quant.checkpoints import saves_alone
 from lightning_quant.config import ConfigError, closest
-from lightning_quant.export import ParityError, export_options
+from lightning_quant.convert import copy_of
+from lightning_quant.delivery import converted
+from lightning_quant.export import ParityError, export_model, export_options
 from lightning_quant.layers import Plan
 
 PROGRAM = "python -m lightning_quant"
@@ -38,7 +41,7 @@ class QuantTrainer(Trainer):
     def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Shows what the config would do to the model: nothing is trained, changed or written."""
         plans: list[Plan] = []
-        self._begin_fit(lambda callback: plans.append(callback.make_plan(self, model)), model, datamodule)
+        self._begin_fit(lambda callback: plans.append(callback._make_plan(self, model)), model, datamodule)
         sys.stdout.write(f"{plans[0]}\n")
 
     def export(
@@ -65,10 +68,16 @@ class QuantTrainer(Trainer):
         """
         checkpoint = _checkpoint(ckpt_path)
         path = _target(checkpoint, format, output)
-        options = {"dynamic_batch": dynamic_batch, "atol": atol}
+        options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "atol": atol}
         export_options({path.suffix: options})
         callback = self._attach(model, datamodule, checkpoint)
-        sys.stdout.write(f"wrote {callback.export_to(model, path, **options)}\n")
+        if (why := callback._unfinished(model)) is not None:
+            raise ConfigError(f"ckpt_path: {why}, so there is nothing to export.")
+        entry, example = callback._entry, callback._example
+        if example is None:
+            raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
+        deployed = converted(copy_of(model), entry, example).get_submodule(entry)
+        sys.stdout.write(f"wrote {export_model(deployed, path, example_input=example, **options)}\n")
 
     def report(
         self,
@@ -86,11 +95,13 @@ class QuantTrainer(Trainer):
             datamodule: the config's.
         """
         summarize = importlib.import_module("lightning_quant.report").summarize
-        self._attach(model, datamodule, _checkpoint(ckpt_path))
-        report = summarize(model)
+        callback = self._attach(model, datamodule, _checkpoint(ckpt_path))
+        if callback._entry:
+            sys.stdout.write(f"names are those in {callback._entry!r}\n")
+        report = summarize(model.get_submodule(callback._entry), example_input=callback._example)
         sys.stdout.write(f"{report}\n")
         if html is not None:
-            Path(html).write_text(report._repr_html_(), encoding="utf-8")
+            Path(html).write_text(f'<!doctype html><meta charset="utf-8">{report._repr_html_()}\n', encoding="utf-8")
 
     def _attach(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str) -> QuantFusionCallback:
         """Prepare `model` as a fit resumed from this checkpoint would."""
@@ -103,6 +114,7 @@ class QuantTrainer(Trainer):
                     "before it was attached. Give a checkpoint of a fit with this config."
                 )
             callback.on_fit_start(self, model)
+            saves_alone(model)
             found.append(callback)
 
         self._begin_fit(attach, model, datamodule, ckpt_path)

@@ -15,17 +15,25 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_quant.calibration import Calibration, calibrated, equalized, gathered, trains
-from lightning_quant.capture import find_example
+from lightning_quant.capture import find_example, restore_place
+from lightning_quant.checkpoints import (
+    SavesWithWeights,
+    best_checkpoint,
+    check_decisions,
+    saves_alone,
+    with_learned,
+    without_learned,
+)
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
-from lightning_quant.delivery import check_conversion, write_files
-from lightning_quant.export import export_model, export_options
+from lightning_quant.delivery import converted, write_files
+from lightning_quant.export import export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
 from lightning_quant.monitor import Ranges, begin_count, checked_interval, drift, end_count, ranges_of
@@ -34,10 +42,9 @@ from lightning_quant.prepare import (
     apply_phase,
     checked_memory,
     checked_switch,
+    decisions,
     drop_deployed_layers,
-    fits,
     give_to_optimizers,
-    is_complete,
     load_quantizer_state,
     prepare_model,
     prepared_groups,
@@ -152,6 +159,7 @@ class QuantFusionCallback(Callback):
         self._total_steps = math.inf
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._pending: dict[str, Any] | None = None
+        self._late = False  # optimizers get what is learned only after their state is restored, which knows nothing of it
         self._example: Any = None
         self._told, self._entry = False, ""
 
@@ -165,38 +173,42 @@ class QuantFusionCallback(Callback):
                 f"{type(self).__name__}: {trainer.world_size} processes would each have ranges of their own; merging them is not "
                 "built yet. Use Trainer(devices=1, num_nodes=1)."
             )
-        self._module, self._pending = (pl_module if prepared_groups(pl_module) else None), None
+        self._module = pl_module if self._module is pl_module and prepared_groups(pl_module) else None
+        self._pending, self._late = None, False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
-        again = bool(prepared_groups(pl_module))
-        state, before = (self._state(pl_module), self.plan) if again else (self._pending, None)
+        own = self._state(pl_module) if prepared_groups(pl_module) else None
+        before = self.plan
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
         restore_model(pl_module)
         try:
-            self._attach(trainer, pl_module, state, again)
+            self._attach(trainer, pl_module, own)
         except BaseException:
             take_from_optimizers(pl_module, trainer.optimizers)
             restore_model(pl_module)
-            if before is not None and state is not None:
+            if before is not None and own is not None:
                 self.plan = before
                 self._prepare(pl_module, before)
-                self._load(pl_module, state)
+                self._load(pl_module, own)
             raise
+        SavesWithWeights(pl_module, self.state_key, self.state_dict)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
-    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
-        self.plan = plan = self.make_plan(trainer, pl_module)
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
+        """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
+        self.plan = plan = self._make_plan(trainer, pl_module)
         self.deployed_model = None
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
+        state = self._pending or own
         calls = gather() if state is None else []
         if state is None:
             equalized(self.calibration, entry, self._example, verbose=self.verbose)
         self._prepare(pl_module, plan)
-        if state is not None and again and not fits(pl_module, state["quantizers"]):
+        if state is own is not None and own["decisions"] != decisions(pl_module):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state, calls = None, gather()
         if state is None:
@@ -206,18 +218,19 @@ class QuantFusionCallback(Callback):
                 self._set_phase(pl_module, Phase(observe=False))
         else:
             self._load(pl_module, state)
-        give_to_optimizers(pl_module, trainer.optimizers)
+        if not self._late:
+            give_to_optimizers(pl_module, trainer.optimizers)
         self._module, self._pending = pl_module, None
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
 
-    def make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
-        """What would be attached to `pl_module`, which `trainer` is about to fit; changes nothing."""
+    def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str = "fit", before: str = "") -> Plan:
         scope, why = scope_of(pl_module, self.root), "no example input was found"
         graph: Graph | None = None
         self._example, self._entry = None, ""
-        found = find_example(trainer, pl_module, scope, self.example_input)
+        known = pl_module.get_submodule(before) if before else None
+        found = find_example(trainer, pl_module, scope, self.example_input, stage, known)
         if isinstance(found, str):
             traced = trace(scope)
             graph = None if isinstance(traced, str) else traced
@@ -242,6 +255,8 @@ class QuantFusionCallback(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Learn how long the run is, for moments that are shares of it."""
+        restore_place(trainer)
+        give_to_optimizers(pl_module, trainer.optimizers)
         if self.schedule.needs_total_steps:
             steps = trainer.estimated_stepping_batches
             self._total_steps = math.inf if steps in (-1, math.inf) else float(steps)
@@ -319,24 +334,41 @@ class QuantFusionCallback(Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fold anew for this loop."""
-        self._begin_evaluation(pl_module, "validate")
+        self._begin_evaluation(trainer, pl_module, "validate")
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fold anew for this loop."""
-        self._begin_evaluation(pl_module, "test")
+        self._begin_evaluation(trainer, pl_module, "test")
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fold anew for this loop."""
-        self._begin_evaluation(pl_module, "predict")
+        self._begin_evaluation(trainer, pl_module, "predict")
 
-    def _begin_evaluation(self, pl_module: pl.LightningModule, stage: str) -> None:
+    def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         drop_deployed_layers(pl_module)
-        if self._pending is not None and not prepared_groups(pl_module):
+        if self._pending is not None:
+            with torch.inference_mode(False):  # what is made in it could not be trained later
+                self._attach_restored(trainer, pl_module, self._pending, stage)
+
+    def _attach_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any], stage: str) -> None:
+        """Attach to a model that was not fitted here, as it was when its checkpoint was saved."""
+        restore_model(pl_module)
+        try:
+            self.plan = self._make_plan(trainer, pl_module, stage, state.get("entry", ""))
+            self._prepare(pl_module, self.plan)
+            self._load(pl_module, state)
+        except ConfigError as error:
+            restore_model(pl_module)
+            raise ConfigError(
+                f"the quantizers of the checkpoint cannot be attached for {stage}: {error} If this {stage} calls the model in "
+                "another way than training did, give example_input. Without this callback the float model is shown."
+            ) from error
+        self._module, self._pending = pl_module, None
+        if not rounds_all(pl_module):
             rank_zero_warn(
-                f"{type(self).__name__}: this model was never fitted here, so {stage} shows the float model; the checkpoint's "
-                "ranges are applied when fit starts."
+                f"{type(self).__name__}: this checkpoint was saved before everything was quantized; {stage} shows it so."
             )
 
     # -- the end ------------------------------------------------------------------------------------------------------
@@ -344,25 +376,24 @@ class QuantFusionCallback(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
+        saves_alone(pl_module)
         if (why := self._unfinished(pl_module)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
             return
-        origin = self._best_checkpoint(trainer) if self.source == "best" and trains(trainer) else None
+        best = self.source == "best" and trains(trainer)
+        origin = best_checkpoint(trainer, self.state_key, self._run) if best else None
         twin = copy_of(pl_module)
         if origin is not None:
             twin.load_state_dict(origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
-        deployed = convert_model(twin)
-        if self._example is not None:
-            check_conversion(twin.get_submodule(self._entry), deployed.get_submodule(self._entry), self._example)
-        self.deployed_model = deployed
+        self.deployed_model = deployed = converted(twin, self._entry, self._example)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
             write_files(deployed.get_submodule(self._entry), folder, self.export, self._example, verbose=self.verbose)
 
-    def _unfinished(self, pl_module: nn.Module) -> str | None:
+    def _unfinished(self, pl_module: pl.LightningModule) -> str | None:
         """Why there is nothing to convert: eval mode would not show what is shipped."""
         groups, blind = len(prepared_groups(pl_module)), unobserved(pl_module)
         if not self._phase.quantize or not self._layers:
@@ -386,49 +417,6 @@ class QuantFusionCallback(Callback):
         self.deployed_model = convert_model(pl_module)
         return self.deployed_model
 
-    def export_to(self, pl_module: nn.Module, path: str | os.PathLike[str], **options: Any) -> Path:
-        """Convert `pl_module` as it is now and write the result to `path`, checked twice: as at the end of a fit.
-
-        Args:
-            pl_module: the model that this callback prepared, on the CPU.
-            path: where to; its suffix is the format.
-            options: those of `export_model`; `example_input` is what was recorded, if it is not given.
-
-        Raises:
-            ConfigError: if something is not quantized yet, nothing was recorded, or for an option of `export_model`.
-            ParityError: if the file computes something else; there is none then.
-        """
-        if (why := self._unfinished(pl_module)) is not None:
-            raise ConfigError(f"{why}, so there is nothing to export.")
-        if self._example is None:
-            raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
-        twin, deployed = copy_of(pl_module), convert_model(pl_module)
-        check_conversion(twin.get_submodule(self._entry), deployed.get_submodule(self._entry), self._example)
-        self.deployed_model = deployed
-        return export_model(deployed.get_submodule(self._entry), path, **{"example_input": self._example, **options})
-
-    def _best_checkpoint(self, trainer: pl.Trainer) -> tuple[str, dict[str, Any]] | None:
-        """The best checkpoint of the first monitored ModelCheckpoint that was saved with quantization active."""
-        monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-        if not monitored:
-            return None
-        keeper = monitored[0]
-        ranked = sorted(keeper.best_k_models.items(), key=lambda item: float(item[1]), reverse=keeper.mode == "max")
-        paths = [path for path, _ in ranked] or [keeper.best_model_path]
-        for path in filter(os.path.isfile, paths):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # this run wrote it
-            state = checkpoint.get("callbacks", {}).get(self.state_key)
-            if not state or state["run"] != self._run or not state.get("rounds_all", state["phase"]["quantize"]):
-                continue
-            if is_complete(state["quantizers"]):
-                return path, checkpoint
-        rank_zero_warn(
-            f"{type(self).__name__}: no checkpoint of {type(keeper).__name__}(monitor={keeper.monitor!r}) was saved with "
-            "quantization active, so the last weights are converted. Let quantization start earlier, keep more checkpoints "
-            "(save_top_k), or save whole ones (save_weights_only=False)."
-        )
-        return None
-
     # -- state: plain numbers, tensors and strings, so that checkpoints load with weights_only=True -----------------------
 
     @property
@@ -450,12 +438,39 @@ class QuantFusionCallback(Callback):
             "run": self._run,
             "config_list": copy.deepcopy(self.config_list),
             "settings": copy.deepcopy(self.settings),
+            "decisions": decisions(pl_module),
+            "entry": self._entry,
             "phase": dict(vars(self._phase)),
             "layers": self._layers,
             "rounds_all": rounds_all(pl_module),
             "logged": dict(self._logged),
             "quantizers": quantizer_state(pl_module),
         }
+
+    @override
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what is learned beside the model's parameters out of the optimizers' states; it is added to our own."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is not None:
+            pairs = zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True)
+            parted = [without_learned(saved, optimizer, pl_module) for saved, optimizer in pairs]
+            checkpoint["optimizer_states"] = [saved for saved, _ in parted]
+            state["optimizers"] = [removed for _, removed in parted]
+
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put it back; a checkpoint without a state of ours has optimizer states without it."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        self._late = state is None
+        if state is not None and "optimizer_states" in checkpoint:
+            removed = state.get("optimizers") or [[] for _ in checkpoint["optimizer_states"]]
+            parted = zip(checkpoint["optimizer_states"], removed, strict=True)
+            checkpoint["optimizer_states"] = [with_learned(saved, ours) for saved, ours in parted]
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module's own hook."""
+        saves_alone(pl_module)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -470,6 +485,7 @@ class QuantFusionCallback(Callback):
     def _load(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
         if state.get("version") != 1:
             raise ConfigError(f"the checkpoint's state is of version {state.get('version')!r}; this release reads version 1.")
+        check_decisions(state, decisions(pl_module), {"config_list": self.config_list, "settings": self.settings})
         load_quantizer_state(pl_module, state["quantizers"])
         self._run, self._logged = state["run"], dict(state.get("logged", {}))
         self._set_phase(pl_module, Phase(**state["phase"]), state.get("layers"))  # states of old lack both

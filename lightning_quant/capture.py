@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns finding what a model is called with: an aborted training step on a first batch shows it, and leaves no trace."""
+"""Owns finding what a model is called with: an aborted step on a first batch shows it, and leaves no trace."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,19 +17,33 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
+# By the trainer's function: the step of a LightningModule, and where the trainer has its data.
+_STEPS = {
+    "fit": ("training_step", "train_dataloader"),
+    "validate": ("validation_step", "val_dataloaders"),
+    "test": ("test_step", "test_dataloaders"),
+    "predict": ("predict_step", "predict_dataloaders"),
+}
+
 
 def find_example(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, scope: nn.Module, example_input: Any
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    scope: nn.Module,
+    example_input: Any,
+    stage: str = "fit",
+    entry: nn.Module | None = None,
 ) -> tuple[nn.Module, Any] | str:
     """(module, what it is called with) for the recorded forward, or why there is none.
 
-    In this order: `example_input`, which is for `scope`; `example_input_array`; a first batch of the training data, as
-    `training_step` hands it to `scope`, or, where `scope` is the LightningModule and is not called, to the first module.
+    In this order: `example_input`, which is for `scope`; `example_input_array`; a first batch of the data of `stage` ("fit",
+    "validate", "test", "predict"), as its step hands it to `scope`, or, where `scope` is the LightningModule and is not called,
+    to the first module. `entry`: the module that was found so in another stage; it is waited for instead.
     """
     if example_input is not None:
         return scope, trainer.precision_plugin.convert_input(example_input)
     array = pl_module.example_input_array
-    if array is None:
+    if array is None and stage == "fit":
         trainer.fit_loop.setup_data()
     with _trial(pl_module):
         if array is not None:
@@ -39,9 +54,12 @@ def find_example(
             args, kwargs = trainer.strategy.batch_to_device((args, kwargs))
             return _captured(scope, lambda: pl_module(*args, **kwargs))
         try:
-            batch = _first_batch(trainer, pl_module)
-            others = [module for module in pl_module.modules() if module is not pl_module] if scope is pl_module else []
-            return _captured(scope, lambda: _training_step(pl_module, batch), others, wait=_has_forward(pl_module))
+            batch = _first_batch(trainer, pl_module, stage)
+            root = entry or scope
+            others = [module for module in pl_module.modules() if module is not root] if scope is pl_module else []
+            return _captured(
+                root, lambda: _step(pl_module, batch, stage), others, wait=entry is not None or _has_forward(pl_module)
+            )
         except _NoBatchError as reason:
             return str(reason)
 
@@ -59,13 +77,24 @@ def find_calls(
     with _trial(pl_module), contextlib.ExitStack() as stack:
         try:
             for batch in stack.enter_context(contextlib.closing(_batches(trainer, pl_module, number))):
-                found = _captured(entry, lambda batch=batch: _training_step(pl_module, batch), others)  # type: ignore[misc]
+                found = _captured(entry, lambda batch=batch: _step(pl_module, batch), others)  # type: ignore[misc]
                 if isinstance(found, str) or found[0] is not entry:
                     return found if isinstance(found, str) else f"training_step does not call {type(entry).__name__}"
                 calls.append(found[1])
         except _NoBatchError as reason:
             return str(reason)
     return calls
+
+
+def restore_place(trainer: pl.Trainer) -> None:
+    """Give stateful loaders of a resumed run their place in the data, once its state is restored.
+
+    Lightning does so where it makes the loaders; made early, for an example, they would begin the epoch anew.
+    """
+    loop = trainer.fit_loop
+    if loop.restarting and loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
 
 
 @contextlib.contextmanager
@@ -94,7 +123,7 @@ def _trial(pl_module: pl.LightningModule) -> Iterator[None]:
 
 
 class _NoBatchError(Exception):
-    """Why no batch of the training data can be had."""
+    """Why no batch of the data can be had."""
 
 
 class _Reached(BaseException):
@@ -142,31 +171,34 @@ def _captured(
     except _Reached as reached:
         return reached.call
     except Exception as error:  # noqa: BLE001  (a user's step may raise anything; the plan says what)
-        return first[0] if first else f"a trial training step failed: {error}"
+        return first[0] if first else f"a trial step failed: {error}"
     finally:
         for handle in handles:
             handle.remove()
-    return first[0] if first else "a trial training step called no module"
+    return first[0] if first else "a trial step called no module"
 
 
-def _training_step(pl_module: pl.LightningModule, batch: Any) -> None:
-    names = list(inspect.signature(pl_module.training_step).parameters)
+def _step(pl_module: pl.LightningModule, batch: Any, stage: str = "fit") -> None:
+    step = getattr(pl_module, _STEPS[stage][0])
+    names = list(inspect.signature(step).parameters)
     if "dataloader_iter" in names:
-        raise _NoBatchError("training_step takes a dataloader_iter")
-    pl_module.training_step(*((batch, 0) if len(names) > 1 else (batch,)))
+        raise _NoBatchError(f"{_STEPS[stage][0]} takes a dataloader_iter")
+    step(*(batch, 0, 0)[: max(1, min(len(names), 2 + ("dataloader_idx" in names)))])
 
 
-def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """A first batch of the training data, on the device, with the loaders' own iterators left untouched."""
-    with contextlib.closing(_batches(trainer, pl_module, 1)) as batches:
+def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Any:
+    """A first batch of the stage's data, on the device, with the loaders' own iterators left untouched."""
+    with contextlib.closing(_batches(trainer, pl_module, 1, stage)) as batches:
         return next(batches)
 
 
-def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> Generator[Any]:
-    """The first batches of the training data, on the device, with the loaders' own iterators left untouched."""
-    loaders = trainer.train_dataloader
+def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int, stage: str = "fit") -> Generator[Any]:
+    """The first batches of the stage's data, on the device, with the loaders' own iterators left untouched."""
+    loaders = getattr(trainer, _STEPS[stage][1])
+    if stage != "fit" and isinstance(loaders, list | tuple | Mapping):  # Lightning takes one of them after the other
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders), None)
     if loaders is None:
-        raise _NoBatchError("there is no training data")
+        raise _NoBatchError("there is no data")
     with contextlib.closing(_samples(loaders)) as samples:
         count = 0
         for count, sample in enumerate(itertools.islice(samples, number), start=1):  # noqa: B007
@@ -174,7 +206,7 @@ def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) ->
             batch = pl_module._on_before_batch_transfer(batch)  # the data module's hook or the module's, as Lightning chooses
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     if not count:
-        raise _NoBatchError("the training data is empty")
+        raise _NoBatchError("the data is empty")
 
 
 def _samples(loaders: Any) -> Generator[Any]:
@@ -198,11 +230,20 @@ def _samples(loaders: Any) -> Generator[Any]:
             yield from loaders
             return
         # Not through the loader: that would start workers, or move a persistent iterator that training is to read.
-        for indices in loaders.batch_sampler:
+        for indices in _twin(loaders.batch_sampler):
             yield loaders.collate_fn([loaders.dataset[index] for index in indices])
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _twin(sampler: Any) -> Any:
+    """A sampler with its own place in the data: an evaluation's has its iterator already, a stateful one keeps count."""
+    twin = copy.copy(sampler)
+    for name in ("sampler", "batch_sampler", "_batch_sampler"):
+        if name in getattr(twin, "__dict__", {}):
+            twin.__dict__[name] = _twin(twin.__dict__[name])
+    return twin
 
 
 def _restartable(source: Any) -> Iterator[Any]:
@@ -210,6 +251,6 @@ def _restartable(source: Any) -> Iterator[Any]:
     if isinstance(source, IterableDataset | Iterator) or not hasattr(source, "__len__"):
         iterator: Iterator[Any] = iter(source)
         if iterator is source:
-            raise _NoBatchError("the training data is a stream that runs once")
+            raise _NoBatchError("the data is a stream that runs once")
         return iterator
     return iter(source)

@@ -13,9 +13,25 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_quant.config import ConfigError
+from lightning_quant.convert import convert_model
 from lightning_quant.export import ParityError, export_model
 from lightning_quant.record import copied, split_example, undisturbed
 from lightning_quant.targets import tensors_in
+
+
+def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
+    """What `convert_model` makes of a prepared model, checked with the arguments that its submodule `entry` was recorded with.
+
+    Without an `example` nothing is checked.
+
+    Raises:
+        ConfigError: if the model is not prepared or a range was never observed.
+        ParityError: if the converted model gives other numbers.
+    """
+    deployed = convert_model(prepared)
+    if example is not None:
+        check_conversion(prepared.get_submodule(entry), deployed.get_submodule(entry), example)
+    return deployed
 
 
 def check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:

@@ -78,6 +78,7 @@ class Group:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.decided: Mapping[str, str] = {}  # by its plan: a text for the layer and each target
         self.phase = Phase()
         self.lean = False  # less is kept for backward
         self.place = 0  # among the layers, in the order of the data

@@ -54,6 +54,16 @@ class LayerPlan:
         """Name of the module or operator whose output is the group's."""
         return self.members[-1] if self.members else self.name
 
+    def decisions(self) -> dict[str, str]:
+        """What is decided, a text for the layer and one for each target: layers with equal texts are prepared alike."""
+        found = {self.name: f"{self.type} fused with {', '.join(self.fused_with)}" if self.fused_with else f"{self.type} alone"}
+        for target in (*self.targets.values(), *(() if self.inner is None else (self.inner,))):
+            spec = target.spec
+            words = [spec.dtype, spec.scheme, str(spec.granularity), spec.apply_method, f"observer {spec.observer}", spec.method]
+            shared = [] if target.source is None else [f"shared with {target.source}"]
+            found[f"{self.name}.{target.target}"] = " ".join([*words, *shared])
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -68,6 +68,7 @@ def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact", simula
     places = {layer.name: place for place, layer in enumerate(sorted(plan.layers, key=lambda layer: layer.order))}
     for (group, _), layer in zip(groups, plan.layers, strict=True):
         group.shares, group.place, group.lean = _shares(group, layer), places[layer.name], lean
+        group.decided = layer.decisions()
         if isinstance(group, FusedGroup):
             group.simulate_bias = simulate_bias
         if isinstance(group, Ending):  # a hook may hand on another tensor, too
@@ -313,6 +314,11 @@ def prepared_groups(model: nn.Module) -> dict[str, tuple[nn.Module, Group]]:
     return found
 
 
+def decisions(model: nn.Module) -> dict[str, str]:
+    """What a prepared model's plan has decided, a text for each layer and target; equal texts are prepared alike."""
+    return {name: text for _, group in prepared_groups(model).values() for name, text in group.decided.items()}
+
+
 def apply_phase(model: nn.Module, phase: Phase, layers: int | None = None) -> None:
     """Set what the quantizers and batch norms of a prepared model do from the next forward on.
 
@@ -448,9 +454,3 @@ def load_quantizer_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     drop_deployed_layers(model)
     for name, quantizer in own.items():
         quantizer.load_state_dict(moved(state[name], device))
-
-
-def fits(model: nn.Module, state: Mapping[str, Any]) -> bool:
-    """Whether ranges saved by `quantizer_state` belong to this prepared model's quantizers."""
-    own = _stateful(model)
-    return set(own) == set(state) and all(quantizer.accepts(state[name]) for name, quantizer in own.items())

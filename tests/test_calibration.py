@@ -86,7 +86,7 @@ def test_without_training_data_there_is_nothing_to_calibrate_with(quiet_trainer:
     with pytest.warns(UserWarning, match="so nothing was converted"):
         quiet_trainer(max_epochs=1, callbacks=[callback], limit_train_batches=0).fit(model, loader(), loader(seed=1))
     callback = QuantFusionCallback(LAYERS, calibration=4, verbose=0, example_input=X)
-    with pytest.raises(ConfigError, match="no batch of the training data is to be had: there is no training data"):
+    with pytest.raises(ConfigError, match="no batch of the training data is to be had: there is no data"):
         quiet_trainer(max_epochs=1, callbacks=[callback], limit_train_batches=0).fit(lit(), loader(), loader(seed=1))
 
 
@@ -261,7 +261,7 @@ def test_data_that_cannot_be_had(quiet_trainer: TrainerMaker) -> None:
             yield [X, torch.zeros(8, dtype=torch.long)]
 
     model, callback = lit(), QuantFusionCallback(LAYERS, calibration=2, example_input=X, verbose=0)
-    with pytest.raises(ConfigError, match="is to be had: the training data is a stream that runs once"):
+    with pytest.raises(ConfigError, match="is to be had: the data is a stream that runs once"):
         quiet_trainer(max_epochs=1, max_steps=1, callbacks=[callback]).fit(model, stream(), loader(seed=1))
     assert not prepared_groups(model)
 

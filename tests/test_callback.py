@@ -301,7 +301,7 @@ def test_without_any_example_fusing_is_refused_with_the_reason(quiet_trainer: Tr
     model = Odd()
     with pytest.raises(
         ConfigError,
-        match=r"no recorded forward \(a trial training step failed: no step today; symbolic tracing failed: .*\); give example",
+        match=r"no recorded forward \(a trial step failed: no step today; symbolic tracing failed: .*\); give example",
     ):
         fit(quiet_trainer, model, QuantFusionCallback(FUSED))
     assert not prepared_groups(model)
@@ -317,7 +317,7 @@ def test_without_any_example_the_forward_is_traced(quiet_trainer: TrainerMaker) 
         "conv2": ("bn2", "relu2"),
         "fc": (),
     }
-    said = "no example input (a trial training step failed: no step today): the forward was traced symbolically"
+    said = "no example input (a trial step failed: no step today): the forward was traced symbolically"
     assert said in str(callback.plan)
 
 
@@ -513,24 +513,15 @@ def test_best_skips_checkpoints_from_before_quantization(quiet_trainer: TrainerM
     assert torch.equal(callback.deployed_model(X), evaluate(model)), "epoch 2 is the only quantized one"
 
 
-@pytest.mark.parametrize("why", ["before quantization", "weights only"])
-def test_best_without_our_state_falls_back_to_last_aloud(why: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
-    start = "epoch 2" if why == "before quantization" else 0
-    callback = QuantFusionCallback(FUSED, schedule={"quantize_start": start}, verbose=0)
-    saver = keeper(tmp_path, save_weights_only=why == "weights only")
+def test_best_without_our_state_falls_back_to_last_aloud(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    callback = QuantFusionCallback(FUSED, schedule={"quantize_start": "epoch 2"}, verbose=0)
     model = Scripted()
     with pytest.warns(
         UserWarning, match=r"monitor='score'\) was saved with quantization active, so the last weights are converted"
     ):
-        fit(quiet_trainer, model, callback, 3, more=[saver], enable_checkpointing=True, num_sanity_val_steps=0)
+        fit(quiet_trainer, model, callback, 3, more=[keeper(tmp_path)], enable_checkpointing=True, num_sanity_val_steps=0)
     assert callback.deployed_model is not None
     assert torch.equal(callback.deployed_model(X), evaluate(model))
-
-
-def test_a_checkpoint_of_another_config_is_refused(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
-    fit(quiet_trainer, Lit(), QuantFusionCallback([{"op_names": ["fc"]}], verbose=0)).save_checkpoint(tmp_path / "other.ckpt")
-    with pytest.raises(ConfigError, match=r"another config_list: missing .*conv1\._input_"):
-        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0), 2, ckpt_path=tmp_path / "other.ckpt")
 
 
 def test_state_is_plain(quiet_trainer: TrainerMaker) -> None:
@@ -583,7 +574,7 @@ def test_a_failed_second_fit_leaves_the_first_one_in_place(quiet_trainer: Traine
 def test_a_failed_resume_leaves_a_float_model(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
     fit(quiet_trainer, Lit(), QuantFusionCallback([{"op_names": ["fc"]}], verbose=0)).save_checkpoint(tmp_path / "other.ckpt")
     model = Lit()
-    with pytest.raises(ConfigError, match="another config_list"):
+    with pytest.raises(ConfigError, match="under another config_list"):
         fit(quiet_trainer, model, QuantFusionCallback(FUSED, verbose=0), 2, ckpt_path=tmp_path / "other.ckpt")
     assert not prepared_groups(model)
 
@@ -684,7 +675,7 @@ def test_a_stream_that_runs_once_loses_no_batch(quiet_trainer: TrainerMaker) -> 
     callback = QuantFusionCallback([{"op_types": ["Linear"]}], schedule={"observe_stop": None}, verbose=0)
     quiet_trainer(max_epochs=1, callbacks=[callback, phases]).fit(Lit(), DataLoader(Once(), batch_size=4), loader(seed=1))
     assert len(phases.phases) == 4
-    assert "the training data is a stream that runs once" in str(callback.plan)
+    assert "the data is a stream that runs once" in str(callback.plan)
 
 
 def test_another_model_with_the_same_callback(quiet_trainer: TrainerMaker) -> None:
@@ -748,13 +739,6 @@ def test_convert_by_hand_after_an_exception(quiet_trainer: TrainerMaker) -> None
     deployed = callback.convert(model)
     assert deployed is callback.deployed_model
     assert torch.equal(deployed(X), evaluate(model))
-
-
-def test_testing_an_unfitted_model_from_our_checkpoint_says_float(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
-    fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED, verbose=0)).save_checkpoint(tmp_path / "a.ckpt")
-    trainer = quiet_trainer(callbacks=[QuantFusionCallback(FUSED, verbose=0)])
-    with pytest.warns(UserWarning, match="never fitted here, so test shows the float model"):
-        trainer.test(Lit(), loader(seed=1), ckpt_path=tmp_path / "a.ckpt", verbose=False)
 
 
 def test_several_processes_are_refused_at_setup(quiet_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
