@@ -167,9 +167,9 @@ def _checkpoint(path: str | None) -> str:
 
 
 def _target(ckpt_path: str, format: str | None, output: str | None) -> Path:
-    """The file to write."""
+    """The file to write: beside the checkpoint, if nothing is said, or in the working directory if that is far away."""
     if output is None:
-        return Path(ckpt_path).with_suffix(f".{format or 'onnx'}")
+        return Path(os.path.basename(ckpt_path) if "://" in ckpt_path else ckpt_path).with_suffix(f".{format or 'onnx'}")
     if format is not None and Path(output).suffix != f".{format}":
         raise ConfigError(f"output: {output!r} does not end in .{format}, the format; leave out one of the two.")
     return Path(output)

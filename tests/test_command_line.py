@@ -57,6 +57,19 @@ class Untrained(Lit):
         raise AssertionError("a fit began")
 
 
+class Alone(Lit):
+    """Brings its data and its callback."""
+
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        return loader(shuffle=True)
+
+    def val_dataloader(self) -> TRAIN_DATALOADERS:
+        return loader(seed=1)
+
+    def configure_callbacks(self) -> QuantFusionCallback:
+        return QuantFusionCallback([ENTRY], verbose=0)
+
+
 class NoTuning(BatchSizeFinder):
     """Must not run."""
 
@@ -229,6 +242,19 @@ def test_errors_of_others_stay_as_they_are(folder: Path) -> None:
     config = written(folder / "config.yaml", model=f"{HERE}.Untrained")
     with pytest.raises(AssertionError, match="a fit began"):
         main(["fit", "--config", config])
+
+
+def test_a_model_with_data_and_callback_of_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(written(folder / "config.yaml", model=f"{HERE}.Alone"))
+    content = yaml.safe_load(config.read_text())
+    del content["data"], content["trainer"]["callbacks"][1]
+    config.write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "conv1   bn1, relu1" in capsys.readouterr().out
+    assert main(["fit", "--config", str(config)]) == 0
+    assert main(["export", "--config", str(config), "--ckpt=out/checkpoints/best.ckpt", "--format=pt2"]) == 0
+    assert outputs(Path("out/checkpoints/best.pt2")).shape == (16, 4)
 
 
 # -- export ----------------------------------------------------------------------------------------------------------------
