@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -206,12 +208,28 @@ _INSTEAD: dict[str, Any] = {
 _OWN = ("plan", "export", "report")
 
 
+class QuantParser(LightningArgumentParser):
+    """Says shortly what is wrong with an argument of our callback: jsonargparse's words for it end in a page of types."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """The last lines on stderr; exit status 2."""
+        found = re.search(rf"class_path '[\w.]*{QuantFusionCallback.__name__}':\s*(.*)", message)
+        if found is not None:
+            wrong = re.match(r"Option '(\w+)\S*' is not accepted", found[1])
+            near = closest(wrong[1], list(inspect.signature(QuantFusionCallback).parameters), 1) if wrong else []
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            message = f"trainer.callbacks: {QuantFusionCallback.__name__}: {found[1]}{hint}"
+        super().error(message, ex)
+
+
 class QuantCLI(LightningCLI):
     """LightningCLI for any model and data (`class_path`), with three commands that train nothing."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
             trainer_class=QuantTrainer,
+            parser_class=QuantParser,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,  # what Lightning takes, too, but with a warning

@@ -232,6 +232,30 @@ def test_our_errors_are_one_last_line(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("config_lst=int8", "Option 'config_lst' is not accepted. Did you mean 'config_list'?"),
+        ("verbose=1", "the following arguments are required: config_list"),
+    ],
+)
+def test_arguments_of_the_callback_that_are_wrong_or_lacking(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: str, text: str
+) -> None:
+    config = written(folder / "config.yaml", callbacks=None)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config", config, "--trainer.callbacks+=QuantFusionCallback", f"--trainer.callbacks.{words}"])
+    assert ended.value.code == 2
+    assert last(capsys) == f"error: trainer.callbacks: QuantFusionCallback: {text}"
+
+
+def test_a_misspelt_argument_in_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(folder / "config.yaml", {"config_list": "int8", "shedule": {"observe_stop": "80%"}})
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config])
+    assert last(capsys).endswith("QuantFusionCallback: Option 'shedule.observe_stop' is not accepted. Did you mean 'schedule'?")
+
+
 def test_a_config_without_the_callback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = written(folder / "config.yaml", callbacks=None)
     assert main(["plan", "--config", config]) == 2
