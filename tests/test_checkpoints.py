@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -444,3 +445,29 @@ def test_predictions_of_a_new_model_are_those_of_the_deployed_one(quiet_trainer:
     assert found is not None
     assert callback.deployed_model is not None
     assert torch.equal(torch.cat([torch.as_tensor(one) for one in found]), callback.deployed_model(X))
+
+
+# -- a fresh process ---------------------------------------------------------------------------------------------------------
+
+
+def in_a_process(path: Path, results: Any) -> None:
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        both: tuple[list[Callback], ...] = ([quiet(LEARNED)], [])
+        found = [Trainer(callbacks=c, **options).test(Lit(), loader(seed=1), path, False) for c in both]
+    results.put(found)
+
+
+def test_a_fresh_process_gives_the_exact_loss(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    model = saved(quiet_trainer, tmp_path / "a.ckpt", LEARNED)
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=in_a_process, args=(tmp_path / "a.ckpt", results))
+    process.start()
+    quantized, plain = results.get()
+    process.join()
+    assert quantized == run(quiet_trainer(), "test", model, None)
+    assert plain == run(quiet_trainer(), "test", Lit.load_from_checkpoint(tmp_path / "a.ckpt"), None)
+    assert plain != quantized
