@@ -1,19 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns what is measured of quantizers while training: values that the grids cut off, and how far ranges drift.
+"""Owns what is measured of a prepared model: what rounding loses, which values grids cut off, how far ranges drift.
 
-Values are counted in single steps, which the caller begins and ends; in all other steps a quantizer asks one attribute.
+Activations are measured in single passes, which the caller begins and ends; in all others a quantizer asks one attribute.
+
+    signal-to-noise ratio     10 log10( sum x^2 / sum (x - x_hat)^2 )  in dB        x: before rounding, x_hat: after
+    effective number of bits  (signal-to-noise ratio - 1.76) / 6.02                 IEEE Std 1241-2010, section 9.4
+
+The second inverts what an ideal converter of N bits makes of a full-scale sine; a tensor whose values do not fill their grid
+so evenly has fewer effective bits than stored ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
-from torchmetrics import MaxMetric, MeanMetric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
 from lightning_quant.config import ConfigError
-from lightning_quant.quantizers import ActivationQuantizer, Grid
+from lightning_quant.folding import fold, folded, folded_grid
+from lightning_quant.fusion import FusedGroup
+from lightning_quant.integer import IntegerTensor, integer_tensor
+from lightning_quant.patterns import BatchNorm
+from lightning_quant.prepare import prepared_groups
+from lightning_quant.quantizers import ActivationQuantizer, Grid, wide
+from lightning_quant.targets import owner_of
+from lightning_quant.weights import WeightQuantizer
+from lightning_quant.wrapped import ModuleGroup
 
 Ranges = dict[str, Tensor]  # by target name: float64, least values in row 0, greatest in row 1
 
@@ -25,27 +42,150 @@ def checked_interval(steps: int | None) -> int:
     return steps or 0
 
 
-def begin_count(quantizers: Iterable[ActivationQuantizer]) -> None:
-    """Have these quantizers count what they clip, on top of what they have counted since `end_count`."""
-    for quantizer in quantizers:
-        quantizer.clipped = quantizer.clipped or MeanMetric()
+# -- what rounding loses ----------------------------------------------------------------------------------------------
 
 
-def end_count(quantizers: Iterable[ActivationQuantizer]) -> dict[str, float]:
-    """Have them stop. `clipped_mean`, `clipped_max`: of the quantizers' shares of clipped values, in [0, 1].
+def effective_bits(decibels: float) -> float:
+    """The bits of an ideal converter with this signal-to-noise ratio (IEEE Std 1241-2010): (dB - 1.76) / 6.02."""
+    return (decibels - 1.76) / 6.02
 
-    A share is taken over all values that a quantizer has rounded since `begin_count`. Empty if none has rounded any.
+
+class RoundingLoss(Metric):
+    """The signal-to-noise ratio and the share of clipped values of several tensors, over all their batches and processes.
+
+    One metric for all, so that processes exchange one small tensor a measurement. torchmetrics' own SignalNoiseRatio is the mean
+    of the decibels of each last dimension; here sums of squares are added up first, so that the ratio is that of the whole.
+
+    Args:
+        tensors: how many there are; a row of the state each.
+        kwargs: as for every torchmetrics metric.
     """
-    shares = MeanMetric(), MaxMetric()
-    for quantizer in quantizers:
-        if quantizer.clipped is not None and quantizer.clipped.update_count:
-            share = quantizer.clipped.compute()
-            for metric in shares:
-                metric.update(share)
-        quantizer.clipped = None
-    if not shares[0].update_count:
-        return {}
-    return {"clipped_mean": float(shares[0].compute()), "clipped_max": float(shares[1].compute())}
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, tensors: int, **kwargs: bool) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(tensors, 4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, row: int, x: Tensor, rounded: Tensor, clipped: float = 0.0) -> None:
+        """Add one batch of one tensor. `x`, `rounded`: of one shape, any float dtype; `clipped`: a share, in [0, 1]."""
+        x, rounded = wide(x.detach()), wide(rounded.detach())
+        signal, noise = (torch.linalg.vector_norm(y.flatten(), dtype=torch.float64).square() for y in (x, x - rounded))
+        self.sums[row] += torch.stack([signal, noise, *signal.new_tensor([clipped * x.numel(), x.numel()])]).to(self.sums)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`signal_to_noise` in dB (infinite: nothing was lost) and `clipped` in [0, 1], float64 (tensors,); NaN where unseen."""
+        signal, noise, clipped, number = self.sums.unbind(1)
+        return {"signal_to_noise": 10 * torch.log10(signal / noise), "clipped": clipped / number}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What rounding does to one tensor: dB, and a share in [0, 1]. No number: infinite (exact) or NaN (all zero, or unseen)."""
+
+    signal_to_noise: float
+    clipped: float
+
+    @property
+    def effective_bits(self) -> float:
+        """By the signal-to-noise ratio."""
+        return effective_bits(self.signal_to_noise)
+
+
+class Meters:
+    """Measures these quantizers in training passes from now on until `stop`; what they do not round does not count."""
+
+    def __init__(self, quantizers: Mapping[str, ActivationQuantizer]) -> None:
+        self.quantizers, self.metric = dict(quantizers), RoundingLoss(len(quantizers))
+        for row, quantizer in enumerate(self.quantizers.values()):
+            quantizer.meter = partial(self._add, row, quantizer)
+        if self.quantizers:  # a process that rounds nothing must answer the others, too
+            self.metric.update(0, torch.zeros(0), torch.zeros(0))
+
+    def _add(self, row: int, quantizer: ActivationQuantizer, x: Tensor, y: Tensor, training: bool) -> None:
+        if training and y is not x:
+            if self.metric.sums.device != x.device and x.device.type != "mps":  # which has no float64
+                self.metric.to(x.device)
+            self.metric.update(row, quantizer.rectify(wide(x.detach())), y, quantizer.clipped_share(x))
+
+    def stop(self) -> dict[str, Loss]:
+        """What was measured, by target name, for those that were rounded at all."""
+        for quantizer in self.quantizers.values():
+            quantizer.meter = None
+        if not self.quantizers:
+            return {}
+        found = {key: values.tolist() for key, values in self.metric.compute().items()}
+        rows = zip(self.quantizers, found["signal_to_noise"], found["clipped"], strict=True)
+        return {name: Loss(signal_to_noise=ratio, clipped=share) for name, ratio, share in rows if not math.isnan(share)}
+
+
+def clipped_summary(losses: Mapping[str, Loss]) -> dict[str, float]:
+    """`clipped_mean`, `clipped_max`: of the shares of clipped values, in [0, 1]; empty without any."""
+    shares = [loss.clipped for loss in losses.values()]
+    return {"clipped_mean": sum(shares) / len(shares), "clipped_max": max(shares)} if shares else {}
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredParameter:
+    """A quantized parameter as it is and as it is deployed, norms folded into both: `exact` (float64) and `integers`."""
+
+    exact: Tensor
+    integers: IntegerTensor
+    clipped: Tensor
+    quantizer: WeightQuantizer
+
+    @property
+    def rounded(self) -> Tensor:
+        """What the integers stand for, float32."""
+        integers = self.integers
+        value: Tensor = torch.ops.lightning_quant.dequantize_weight(integers.q, integers.scale, integers.zero_point)
+        return value
+
+    @property
+    def loss(self) -> Loss:
+        """What rounding does to it."""
+        metric = RoundingLoss(1, sync_on_compute=False).to(self.exact.device)
+        metric.update(0, self.exact, self.rounded.to(self.exact.dtype), float(self.clipped.double().mean()))
+        found = metric.compute()
+        return Loss(signal_to_noise=float(found["signal_to_noise"]), clipped=float(found["clipped"]))
+
+
+def stored_parameters(model: nn.Module) -> Iterator[StoredParameter]:
+    """Every parameter of a prepared model that is quantized, as it is now; a shared one for each layer that has it."""
+    for head, group in prepared_groups(model).values():
+        with torch.no_grad():
+            if isinstance(group, FusedGroup):
+                yield from _of_fused(head, group)
+            elif isinstance(group, ModuleGroup):
+                for name, quantizer in group.parameters.items():
+                    owner, own = owner_of(head, name)
+                    parameter = owner._parameters[own]
+                    assert parameter is not None
+                    yield _stored(parameter, quantizer)
+
+
+def _stored(parameter: Tensor, quantizer: WeightQuantizer) -> StoredParameter:
+    data = wide(parameter.detach())
+    cut = quantizer.clipped(data, quantizer.grid(data))
+    return StoredParameter(exact=data.double(), integers=integer_tensor(parameter, quantizer), clipped=cut, quantizer=quantizer)
+
+
+def _of_fused(head: nn.Module, group: FusedGroup) -> Iterator[StoredParameter]:
+    layer = group.layer(head)
+    if group.weight is not None and not isinstance(head, BatchNorm):
+        grid, weight, *_ = folded_grid(layer)
+        cut = group.weight.clipped(weight, grid)
+        yield StoredParameter(exact=folded(layer)[0], integers=fold(layer), clipped=cut, quantizer=group.weight)
+    bias = head._parameters.get("bias")
+    if group.bias is not None and bias is not None:
+        yield _stored(bias, group.bias)
+
+
+# -- ranges -----------------------------------------------------------------------------------------------------------
 
 
 def ranges_of(quantizers: Mapping[str, ActivationQuantizer]) -> Ranges:
@@ -70,7 +210,7 @@ def drift(before: Ranges, now: Ranges) -> float | None:
     A range with a scale for each block counts by the mean of its blocks. Those of no width or no value are left out; None if none
     is left.
     """
-    mean = MeanMetric()
+    mean = MeanMetric(sync_on_compute=False)
     for name in before.keys() & now.keys():
         width = before[name][1] - before[name][0]
         moved = (now[name] - before[name]).abs().sum(0)
