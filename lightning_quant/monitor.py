@@ -27,7 +27,7 @@ from lightning_quant.fusion import FusedGroup
 from lightning_quant.integer import IntegerTensor, integer_tensor
 from lightning_quant.patterns import BatchNorm
 from lightning_quant.prepare import prepared_groups
-from lightning_quant.quantizers import ActivationQuantizer, Grid, wide
+from lightning_quant.quantizers import ActivationQuantizer, Grid, SignGrid, wide
 from lightning_quant.targets import owner_of
 from lightning_quant.weights import WeightQuantizer
 from lightning_quant.wrapped import ModuleGroup
@@ -198,6 +198,8 @@ def _ends(quantizer: ActivationQuantizer) -> Tensor | None:
         return None
     if quantizer.low is None or quantizer.high is None:  # a learned grid: what it reaches
         grid = quantizer.grid()
+        if isinstance(grid, SignGrid):
+            return torch.tensor([-1.0, 1.0], dtype=torch.float64)
         assert isinstance(grid, Grid), quantizer.name
         levels = torch.tensor([grid.qmin - grid.zero_point, grid.qmax - grid.zero_point], dtype=torch.float64)
         return levels * grid.scale
