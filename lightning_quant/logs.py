@@ -109,7 +109,7 @@ def _parameters(pl_module: pl.LightningModule) -> dict[str, Loss]:
     """What rounding does to each parameter that is rounded now, by target name."""
     now = [group for _, group in prepared_groups(pl_module).values() if group.phase.quantize]
     rounded = {id(quantizer) for group in now for quantizer in group.parameter_quantizers}
-    return {one.quantizer.name: one.loss for one in stored_parameters(pl_module) if id(one.quantizer) in rounded}
+    return {one.name: one.loss for one in stored_parameters(pl_module) if id(one.quantizer) in rounded}
 
 
 def _named(losses: Mapping[str, Loss]) -> Iterator[tuple[str, float]]:

@@ -13,22 +13,28 @@ so evenly has fewer effective bits than stored ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanMetric, Metric
 
 from lightning_quant.config import ConfigError
 from lightning_quant.folding import fold, folded, folded_grid
 from lightning_quant.fusion import FusedGroup
+from lightning_quant.group import Group
 from lightning_quant.integer import IntegerTensor, integer_tensor
+from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import BatchNorm
-from lightning_quant.prepare import prepared_groups
+from lightning_quant.prepare import apply_phase, prepared_groups, quantizers_of, simulated
 from lightning_quant.quantizers import ActivationQuantizer, Grid, SignGrid, wide
-from lightning_quant.targets import owner_of
+from lightning_quant.record import copied, moved, split_example, undisturbed
+from lightning_quant.schedule import Phase
+from lightning_quant.targets import owner_of, tensors_in
 from lightning_quant.weights import WeightQuantizer
 from lightning_quant.wrapped import ModuleGroup
 
@@ -131,12 +137,22 @@ def clipped_summary(losses: Mapping[str, Loss]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredParameter:
-    """A quantized parameter as it is and as it is deployed, norms folded into both: `exact` (float64) and `integers`."""
+    """A quantized parameter as it is and as it is deployed, norms folded into both: `exact` (float64) and `integers`.
 
+    `layer`, `target`: whose it is, and its name there. `clipped`: bool, which values are cut off.
+    """
+
+    layer: str
+    target: str
     exact: Tensor
     integers: IntegerTensor
     clipped: Tensor
     quantizer: WeightQuantizer
+
+    @property
+    def name(self) -> str:
+        """Its target name ('conv1.weight')."""
+        return f"{self.layer}.{self.target}"
 
     @property
     def rounded(self) -> Tensor:
@@ -163,26 +179,133 @@ def stored_parameters(model: nn.Module) -> Iterator[StoredParameter]:
             elif isinstance(group, ModuleGroup):
                 for name, quantizer in group.parameters.items():
                     owner, own = owner_of(head, name)
-                    parameter = owner._parameters[own]
-                    assert parameter is not None
-                    yield _stored(parameter, quantizer)
+                    yield _stored(group, name, owner._parameters[own], quantizer)
 
 
-def _stored(parameter: Tensor, quantizer: WeightQuantizer) -> StoredParameter:
+def _stored(group: Group, target: str, parameter: Tensor | None, quantizer: WeightQuantizer) -> StoredParameter:
+    assert parameter is not None
     data = wide(parameter.detach())
-    cut = quantizer.clipped(data, quantizer.grid(data))
-    return StoredParameter(exact=data.double(), integers=integer_tensor(parameter, quantizer), clipped=cut, quantizer=quantizer)
+    return StoredParameter(
+        layer=group.name,
+        target=target,
+        exact=data.double(),
+        integers=integer_tensor(parameter, quantizer),
+        clipped=quantizer.clipped(data, quantizer.grid(data)),
+        quantizer=quantizer,
+    )
 
 
 def _of_fused(head: nn.Module, group: FusedGroup) -> Iterator[StoredParameter]:
     layer = group.layer(head)
     if group.weight is not None and not isinstance(head, BatchNorm):
         grid, weight, *_ = folded_grid(layer)
-        cut = group.weight.clipped(weight, grid)
-        yield StoredParameter(exact=folded(layer)[0], integers=fold(layer), clipped=cut, quantizer=group.weight)
-    bias = head._parameters.get("bias")
-    if group.bias is not None and bias is not None:
-        yield _stored(bias, group.bias)
+        yield StoredParameter(
+            layer=group.name,
+            target=WEIGHT,
+            exact=folded(layer)[0],
+            integers=fold(layer),
+            clipped=group.weight.clipped(weight, grid),
+            quantizer=group.weight,
+        )
+    if group.bias is not None:
+        yield _stored(group, "bias", head._parameters["bias"], group.bias)
+
+
+# -- a model on one input ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A prepared model on one input, rounded against float.
+
+    `losses`: of activations, by target name. `output`: dB, of all that the model returns; None if nothing is comparable.
+    `multiply_adds`: in float, by the names of modules, "" for the whole. `strayed`: activations that were not made alike.
+    """
+
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    output: float | None = None
+    multiply_adds: Mapping[str, int] = field(default_factory=dict)
+    strayed: tuple[str, ...] = ()
+
+
+class _Comparison:
+    """The activations of a run in float, then those of the same run rounded, call by call."""
+
+    def __init__(self, quantizers: Mapping[str, ActivationQuantizer], device: torch.device) -> None:
+        self.quantizers, self.rounds = dict(quantizers), False
+        self.exact: dict[str, list[Tensor]] = {name: [] for name in quantizers}
+        self.strayed: dict[str, None] = {}
+        self.metric = RoundingLoss(len(quantizers) + 1, sync_on_compute=False).to(device)  # the last row: the model's outputs
+        for row, (name, quantizer) in enumerate(self.quantizers.items()):
+            quantizer.meter = partial(self._see, row, name)
+
+    def _see(self, row: int, name: str, x: Tensor, y: Tensor, training: bool) -> None:  # noqa: ARG002
+        quantizer = self.quantizers[name]
+        if not self.rounds:
+            self.exact[name].append(quantizer.rectify(wide(x.detach())))
+            return
+        exact = self.exact[name].pop(0) if self.exact[name] else None
+        if exact is None or exact.shape != y.shape:
+            self.strayed[name] = None
+        elif y is not x:
+            self.metric.update(row, exact, y, quantizer.clipped_share(x))
+
+    def result(self, before: Sequence[Tensor], after: Sequence[Tensor], counts: Mapping[str, int]) -> Measured:
+        """What was found; `before`, `after`: the outputs."""
+        self.strayed.update((name, None) for name, rest in self.exact.items() if rest)
+        row, alike = len(self.quantizers), [x.shape for x in before] == [y.shape for y in after]
+        for x, y in zip(before, after, strict=True) if alike else ():
+            if x.is_floating_point():
+                self.metric.update(row, x, y)
+        found = {key: values.tolist() for key, values in self.metric.compute().items()}
+        rows = zip(self.quantizers, found["signal_to_noise"], found["clipped"], strict=False)
+        losses = {name: Loss(signal_to_noise=ratio, clipped=share) for name, ratio, share in rows}
+        return Measured(
+            losses={n: loss for n, loss in losses.items() if not math.isnan(loss.clipped) and n not in self.strayed},
+            output=None if math.isnan(found["signal_to_noise"][row]) else found["signal_to_noise"][row],
+            multiply_adds=counts,
+            strayed=tuple(self.strayed),
+        )
+
+
+def measured_on(model: nn.Module, example_input: Any) -> Measured:
+    """Run a prepared model on an input twice, in eval mode, in float and with everything rounded; the model is as before.
+
+    `example_input`: as for `make_plan`. Both runs simulate, batch norm unfolded; multiply-adds are those that torch counts.
+    """
+    groups = [group for _, group in prepared_groups(model).values()]
+    before = [(group.phase, group.partly) for group in groups]
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    args, kwargs = split_example(moved(example_input, device))
+
+    def run(*, rounds: bool) -> list[Tensor]:
+        apply_phase(model, Phase(observe=False, quantize=rounds))
+        comparison.rounds = rounds
+        torch.manual_seed(0)
+        return list(tensors_in(model(*copied(args), **copied(kwargs))))
+
+    comparison = _Comparison(quantizers_of(model), device)
+    try:
+        with undisturbed(model), simulated(model), torch.no_grad():
+            with FlopCounterMode(display=False) as counter:
+                exact = run(rounds=False)
+            rounded = run(rounds=True)
+    finally:
+        for quantizer in comparison.quantizers.values():
+            quantizer.meter = None
+        for group, (phase, partly) in zip(groups, before, strict=True):
+            group.phase, group.partly = phase, partly
+    return comparison.result(exact, rounded, _multiply_adds(model, counter))
+
+
+def _multiply_adds(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+    """By the names of modules; torch counts two operations a multiply-add."""
+    root, found = type(model).__name__, {}
+    for name, counts in counter.get_flop_counts().items():
+        own = "" if name == "Global" else name.removeprefix(f"{root}.")
+        if name == "Global" or own != name:
+            found[own] = sum(counts.values()) // 2
+    return found
 
 
 # -- ranges -----------------------------------------------------------------------------------------------------------
