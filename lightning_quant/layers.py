@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_quant.matching import TargetPlan
 from lightning_quant.sites import Operator
@@ -70,6 +71,10 @@ class Plan:
 
     def __str__(self) -> str:
         return text_table(_HEAD, self._rows, notes=[f"note: {note}" for note in self._remarks])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
 
     def _repr_html_(self) -> str:
         """The same table, for notebooks."""

@@ -56,6 +56,19 @@ def effective_bits(decibels: float) -> float:
     return (decibels - 1.76) / 6.02
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What rounding does to one tensor: dB, and a share in [0, 1]. No number: infinite (exact) or NaN (all zero, or unseen)."""
+
+    signal_to_noise: float
+    clipped: float
+
+    @property
+    def effective_bits(self) -> float:
+        """By the signal-to-noise ratio."""
+        return effective_bits(self.signal_to_noise)
+
+
 class RoundingLoss(Metric):
     """The signal-to-noise ratio and the share of clipped values of several tensors, over all their batches and processes.
 
@@ -73,6 +86,8 @@ class RoundingLoss(Metric):
     def __init__(self, tensors: int, **kwargs: bool) -> None:
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(tensors, 4, dtype=torch.float64), dist_reduce_fx="sum")
+        if tensors:
+            self.update(0, torch.zeros(0), torch.zeros(0))  # a process that sees nothing answers the others, without a warning
 
     def update(self, row: int, x: Tensor, rounded: Tensor, clipped: float = 0.0) -> None:
         """Add one batch of one tensor. `x`, `rounded`: of one shape, any float dtype; `clipped`: a share, in [0, 1]."""
@@ -85,18 +100,10 @@ class RoundingLoss(Metric):
         signal, noise, clipped, number = self.sums.unbind(1)
         return {"signal_to_noise": 10 * torch.log10(signal / noise), "clipped": clipped / number}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """What rounding does to one tensor: dB, and a share in [0, 1]. No number: infinite (exact) or NaN (all zero, or unseen)."""
-
-    signal_to_noise: float
-    clipped: float
-
-    @property
-    def effective_bits(self) -> float:
-        """By the signal-to-noise ratio."""
-        return effective_bits(self.signal_to_noise)
+    def losses(self) -> list[Loss]:
+        """The same as numbers, one `Loss` a tensor."""
+        found = {key: values.view(-1).tolist() for key, values in self.compute().items()}  # torchmetrics squeezes a single one
+        return [Loss(signal_to_noise=ratio, clipped=share) for ratio, share in zip(*found.values(), strict=True)]
 
 
 class Meters:
@@ -106,8 +113,6 @@ class Meters:
         self.quantizers, self.metric = dict(quantizers), RoundingLoss(len(quantizers))
         for row, quantizer in enumerate(self.quantizers.values()):
             quantizer.meter = partial(self._add, row, quantizer)
-        if self.quantizers:  # a process that rounds nothing must answer the others, too
-            self.metric.update(0, torch.zeros(0), torch.zeros(0))
 
     def _add(self, row: int, quantizer: ActivationQuantizer, x: Tensor, y: Tensor, training: bool) -> None:
         if training and y is not x:
@@ -121,9 +126,8 @@ class Meters:
             quantizer.meter = None
         if not self.quantizers:
             return {}
-        found = {key: values.tolist() for key, values in self.metric.compute().items()}
-        rows = zip(self.quantizers, found["signal_to_noise"], found["clipped"], strict=True)
-        return {name: Loss(signal_to_noise=ratio, clipped=share) for name, ratio, share in rows if not math.isnan(share)}
+        found = zip(self.quantizers, self.metric.losses(), strict=True)
+        return {name: loss for name, loss in found if not math.isnan(loss.clipped)}
 
 
 def clipped_summary(losses: Mapping[str, Loss]) -> dict[str, float]:
@@ -166,8 +170,7 @@ class StoredParameter:
         """What rounding does to it."""
         metric = RoundingLoss(1, sync_on_compute=False).to(self.exact.device)
         metric.update(0, self.exact, self.rounded.to(self.exact.dtype), float(self.clipped.double().mean()))
-        found = metric.compute()
-        return Loss(signal_to_noise=float(found["signal_to_noise"]), clipped=float(found["clipped"]))
+        return metric.losses()[0]
 
 
 def stored_parameters(model: nn.Module) -> Iterator[StoredParameter]:
@@ -257,12 +260,11 @@ class _Comparison:
         for x, y in zip(before, after, strict=True) if alike else ():
             if x.is_floating_point():
                 self.metric.update(row, x, y)
-        found = {key: values.tolist() for key, values in self.metric.compute().items()}
-        rows = zip(self.quantizers, found["signal_to_noise"], found["clipped"], strict=False)
-        losses = {name: Loss(signal_to_noise=ratio, clipped=share) for name, ratio, share in rows}
+        *losses, output = self.metric.losses()
+        seen = {name: loss for name, loss in zip(self.quantizers, losses, strict=True) if not math.isnan(loss.clipped)}
         return Measured(
-            losses={n: loss for n, loss in losses.items() if not math.isnan(loss.clipped) and n not in self.strayed},
-            output=None if math.isnan(found["signal_to_noise"][row]) else found["signal_to_noise"][row],
+            losses={name: loss for name, loss in seen.items() if name not in self.strayed},
+            output=None if math.isnan(output.signal_to_noise) else output.signal_to_noise,
             multiply_adds=counts,
             strayed=tuple(self.strayed),
         )
@@ -275,8 +277,7 @@ def measured_on(model: nn.Module, example_input: Any) -> Measured:
     """
     groups = [group for _, group in prepared_groups(model).values()]
     before = [(group.phase, group.partly) for group in groups]
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    args, kwargs = split_example(moved(example_input, device))
+    args, kwargs = split_example(moved(example_input, _device_of(model)))
 
     def run(*, rounds: bool) -> list[Tensor]:
         apply_phase(model, Phase(observe=False, quantize=rounds))
@@ -284,7 +285,7 @@ def measured_on(model: nn.Module, example_input: Any) -> Measured:
         torch.manual_seed(0)
         return list(tensors_in(model(*copied(args), **copied(kwargs))))
 
-    comparison = _Comparison(quantizers_of(model), device)
+    comparison = _Comparison(quantizers_of(model), _device_of(model))
     try:
         with undisturbed(model), simulated(model), torch.no_grad():
             with FlopCounterMode(display=False) as counter:
@@ -306,6 +307,18 @@ def _multiply_adds(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]
         if name == "Global" or own != name:
             found[own] = sum(counts.values()) // 2
     return found
+
+
+def counted_on(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """The multiply-adds of one call in eval mode, by the names of modules, "" for the whole; the model is as before."""
+    args, kwargs = split_example(moved(example_input, _device_of(model)))
+    with undisturbed(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*copied(args), **copied(kwargs))
+    return _multiply_adds(model, counter)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 # -- ranges -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_quant.group import Group, own_class
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Rounding
 from lightning_quant.intercept import OperatorGroup, RoundedOperator
 from lightning_quant.keys import INPUT, OUTPUT, WEIGHT
-from lightning_quant.monitor import Measured, StoredParameter, measured_on, stored_parameters
+from lightning_quant.monitor import Measured, StoredParameter, counted_on, measured_on, stored_parameters
 from lightning_quant.patterns import TRANSPOSED
 from lightning_quant.prepare import prepared_groups
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
@@ -38,7 +39,7 @@ def summarize(model: nn.Module, *, example_input: Any = None) -> Report:
         example_input: what `model` is called with, as for `make_plan`; a batch of real data, say. A prepared model is run on it
             in eval mode, in float and with everything rounded: activations and the outputs of the model then have the
             signal-to-noise ratio between the two, activations the share of values that their grid cuts off, layers their
-            multiply-adds. The activations of one run are kept meanwhile.
+            multiply-adds. The activations of one run are kept meanwhile. Of a deployed model multiply-adds alone are counted.
 
     Raises:
         ConfigError: if the model is neither prepared nor deployed.
@@ -52,7 +53,8 @@ def summarize(model: nn.Module, *, example_input: Any = None) -> Report:
             "what convert_model returns."
         )
     notes = ("deployed: float weights are gone, so nothing is known of signal-to-noise ratios; summarize the prepared model",)
-    return _whole(model, layers, None, notes)
+    counts = {} if example_input is None else counted_on(model, example_input)
+    return _whole(model, [replace(layer, multiply_adds=counts.get(layer.name)) for layer in layers], None, counts, notes)
 
 
 def _of_prepared(model: nn.Module, groups: Mapping[str, tuple[nn.Module, Group]], example_input: Any) -> Report:
@@ -61,15 +63,22 @@ def _of_prepared(model: nn.Module, groups: Mapping[str, tuple[nn.Module, Group]]
     for one in stored_parameters(model):
         stored.setdefault(one.layer, []).append(one)
     names = {id(module): name for name, module in model.named_modules()}
-    layers = [_of_group(head, group, stored.get(name, []), measured, names) for name, (head, group) in groups.items()]
+    ordered = sorted(groups.items(), key=lambda item: item[1][1].place)  # as the data goes
+    layers = [_of_group(head, group, stored.get(name, []), measured, names) for name, (head, group) in ordered]
     blind = [layer.name for layer in layers if layer.stored_bytes is None]
     notes = [f"no ranges yet: {', '.join(blind)}"] if blind else []
     if measured.strayed:
         notes.append(f"called otherwise when rounded than in float, and left out: {', '.join(measured.strayed)}")
-    return _whole(model, layers, measured, tuple(notes))
+    return _whole(model, layers, measured, measured.multiply_adds, tuple(notes))
 
 
-def _whole(model: nn.Module, layers: Sequence[LayerReport], measured: Measured | None, notes: tuple[str, ...]) -> Report:
+def _whole(
+    model: nn.Module,
+    layers: Sequence[LayerReport],
+    measured: Measured | None,
+    counts: Mapping[str, int],
+    notes: tuple[str, ...],
+) -> Report:
     heads = {layer.name for layer in layers}
     held: dict[int, Tensor] = {}
     for name, module in model.named_modules():
@@ -95,7 +104,7 @@ def _whole(model: nn.Module, layers: Sequence[LayerReport], measured: Measured |
         float_bytes=other + float_bytes,
         stored_bytes=other + sum(known) if len(known) == len(layers) else None,
         other_bytes=other,
-        multiply_adds=None if measured is None else measured.multiply_adds.get(""),
+        multiply_adds=counts.get(""),
         signal_to_noise=None if measured is None else measured.output,
         notes=notes,
     )

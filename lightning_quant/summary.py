@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -110,6 +111,10 @@ class Report:
     def __str__(self) -> str:
         head, rows, total = self._table()
         return text_table(head, [*rows, total], right=_RIGHT, notes=self._remarks)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
 
     def _repr_html_(self) -> str:
         """The same table, for notebooks."""
@@ -288,8 +293,17 @@ def _plot(report: Report, path: str | os.PathLike[str] | None) -> Any:
         from matplotlib.figure import Figure  # not pyplot: no window, no state
     except ImportError as error:
         raise ConfigError("plot: needs matplotlib; install lightning_quant[report], or matplotlib itself.") from error
+
+    class Picture(Figure):  # type: ignore[misc, unused-ignore]
+        """Shows itself in notebooks without pyplot."""
+
+        def _repr_png_(self) -> bytes:
+            written = io.BytesIO()
+            self.savefig(written, dpi=80, metadata={"Software": None})  # the same bytes with any matplotlib
+            return written.getvalue()
+
     layers = report.layers
-    figure = Figure(figsize=(11, 1.6 + 0.34 * len(layers)), layout="constrained")
+    figure = Picture(figsize=(11, 1.6 + 0.34 * len(layers)), layout="constrained")
     ratios, ranges, sizes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
     places = list(range(len(layers)))
     _draw_ratios(ratios, report)

@@ -42,8 +42,7 @@ def text_table(head: Sequence[str], rows: Sequence[Row], *, right: Collection[st
 
 
 # Colours are half transparent over whatever the notebook's theme has, and text keeps the theme's own.
-_LINE = "border:0;border-bottom:1px solid rgba(128,128,128,.35);padding:2px 8px;vertical-align:top;"
-_PLAIN = "background:transparent;color:inherit;"
+_LINE = "border-bottom:1px solid rgba(128,128,128,.35);background:transparent"
 
 
 def html_table(
@@ -57,18 +56,14 @@ def html_table(
 ) -> str:
     """The same as an HTML fragment, every text escaped. `total`: a last row, in bold."""
     sides = ["right" if name in right else "left" for name in head]
-    top = "".join(
-        f'<th style="{_LINE}{_PLAIN}text-align:{side};font-weight:600">{html.escape(name)}</th>'
-        for name, side in zip(head, sides, strict=True)
-    )
+    top = "".join(f'<th style="text-align:{side}">{html.escape(name)}</th>' for name, side in zip(head, sides, strict=True))
     body = "".join(_html_row(row, sides, "") for row in rows)
-    body += "" if total is None else _html_row(total, sides, "font-weight:600;")
-    title = f'<div style="font-weight:600;margin:.4em 0">{html.escape(caption)}</div>' if caption else ""
-    below = "".join(f'<div style="opacity:.75;margin:.2em 0">{html.escape(note)}</div>' for note in notes)
+    body += "" if total is None else _html_row(total, sides, ";font-weight:600")
+    title = f'<div style="font-weight:600">{html.escape(caption)}</div>' if caption else ""
+    below = "".join(f'<div style="opacity:.75">{html.escape(note)}</div>' for note in notes)
     return (
-        f'<div style="overflow-x:auto;font-size:.9em;color:inherit">{title}'
-        f'<table style="border-collapse:collapse;border:0;margin:0;{_PLAIN}"><thead><tr style="{_PLAIN}">{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table>{below}</div>"
+        f'<div style="overflow-x:auto">{title}<table style="border-collapse:collapse;white-space:nowrap">'
+        f'<thead><tr style="{_LINE}">{top}</tr></thead><tbody>{body}</tbody></table>{below}</div>'
     )
 
 
@@ -77,15 +72,15 @@ def _html_row(row: Row, sides: Sequence[str], style: str) -> str:
     for cell, side in zip(row, sides, strict=True):
         given = cell if isinstance(cell, Cell) else Cell(cell)
         title = f' title="{html.escape(given.title)}"' if given.title else ""
-        look = f"{_LINE}{style}text-align:{side};white-space:{'nowrap' if len(given.text) < 40 else 'normal'};{_bar(given)}"
-        cells.append(f'<td style="{look}"{title}>{html.escape(given.text)}</td>')
-    return f'<tr style="{_PLAIN}">{"".join(cells)}</tr>'
+        wraps = ";white-space:normal" if len(given.text) >= 50 else ""
+        cells.append(f'<td style="text-align:{side}{wraps}{_bar(given)}"{title}>{html.escape(given.text)}</td>')
+    return f'<tr style="{_LINE}{style}">{"".join(cells)}</tr>'
 
 
 def _bar(cell: Cell) -> str:
     """A background that is a bar from the left, or none."""
     if cell.bar is None:
-        return _PLAIN
+        return ""
     length, good = (round(100 * min(max(value, 0.0), 1.0)) for value in (cell.bar, cell.good))
     colour = f"hsla({round(1.3 * good)},75%,45%,.35)"
-    return f"color:inherit;background:linear-gradient(90deg,{colour} {length}%,transparent {length}%);"
+    return f";background:linear-gradient(90deg,{colour} {length}%,transparent {length}%)"
