@@ -171,6 +171,7 @@ class QuantFusionCallback(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
+        self.logs.stop()
         again = bool(prepared_groups(pl_module))
         state, before = (self._state(pl_module), self.plan) if again else (self._pending, None)
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both

@@ -50,7 +50,12 @@ class Logs:
         if (_step_to_log(trainer) + 1) % self.every == 0:
             if self._meters is None:  # else gradients are accumulated: the step goes on
                 self._meters, self._begun = Meters(quantizers_of(pl_module)), trainer.global_step
-        elif self._meters is not None:  # that step was broken off
+        else:
+            self.stop()  # that step was broken off
+
+    def stop(self) -> None:
+        """Measure no more: a step may have been broken off, with its fit even."""
+        if self._meters is not None:
             self._meters.stop()
             self._meters = None
 

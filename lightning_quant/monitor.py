@@ -83,7 +83,7 @@ class RoundingLoss(Metric):
     full_state_update = False
     sums: Tensor
 
-    def __init__(self, tensors: int, **kwargs: bool) -> None:
+    def __init__(self, tensors: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(tensors, 4, dtype=torch.float64), dist_reduce_fx="sum")
         if tensors:

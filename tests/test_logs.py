@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
@@ -69,6 +69,26 @@ def test_the_ratio_is_that_of_all_batches_together() -> None:
     assert math.isnan(found["signal_to_noise"][0]) and math.isnan(found["clipped"][0])
     separately = np.mean([decibels(x, y) for x, y in zip(batches, noisy, strict=True)])
     assert abs(separately - decibels(whole, rounded)) > 3, "not the mean of the batches' decibels"
+
+
+def test_processes_are_one() -> None:
+    """What torchmetrics gathers from all processes is added up: the ratio is that of the union of their data."""
+    here, there = torch.randn(40), 5 * torch.randn(30)
+    noisy = [x + 0.1 * torch.randn_like(x) for x in (here, there)]
+    other = RoundingLoss(2)
+    other.update(1, there, noisy[1], 0.5)
+    gathered: list[int] = []
+
+    def gather(own: Tensor, group: Any = None) -> list[Tensor]:
+        gathered.append(own.numel())
+        return [own, other.sums]
+
+    metric = RoundingLoss(2, dist_sync_fn=gather, distributed_available_fn=lambda: True)
+    metric.update(1, here, noisy[0], 0.1)
+    found = metric.compute()
+    assert float(found["signal_to_noise"][1]) == pytest.approx(decibels(torch.cat([here, there]), torch.cat(noisy)), abs=1e-5)
+    assert float(found["clipped"][1]) == pytest.approx((0.1 * 40 + 0.5 * 30) / 70)
+    assert gathered == [8], "one small tensor, however many layers there are"
 
 
 def test_shares_count_by_values() -> None:
@@ -256,6 +276,27 @@ def test_a_step_of_several_batches_is_measured_as_a_whole(quiet_trainer: Trainer
     activations = 2 * [16 * 3 * 64, 16 * 8 * 64, 16 * 8 * 64]
     measured = sorted(number for number in shapes if number)
     assert measured == sorted([*activations, *weights]), "two batches of three activations, the weights once"
+
+
+class Breaks(Callback):
+    """Ends a fit in the middle of a step."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        raise RuntimeError("broken off")
+
+
+def test_a_step_that_was_broken_off_does_not_count(quiet_trainer: TrainerMaker) -> None:
+    def logged(*, broken: bool) -> dict[int, dict[str, float]]:
+        rows, callback = Rows(), QuantFusionCallback(FUSED, log_every_n_steps=1, verbose=0)
+        if broken:
+            trainer = quiet_trainer(max_epochs=1, callbacks=[callback, Breaks()])
+            with pytest.raises(RuntimeError, match="broken off"):
+                trainer.fit(Lit(), loader(), loader(seed=1))
+        torch.manual_seed(1)
+        quiet_trainer(max_epochs=1, callbacks=[callback], logger=rows).fit(Lit(), loader(), loader(seed=1))
+        return rows.rows
+
+    assert logged(broken=True) == logged(broken=False)
 
 
 def test_phases_are_told_as_they_begin(quiet_trainer: TrainerMaker, caplog: pytest.LogCaptureFixture) -> None:
