@@ -12,6 +12,7 @@ from lightning_quant.patterns import register_fusion as register_fusion
 from lightning_quant.plan import make_plan as make_plan
 from lightning_quant.prepare import prepare_model as prepare_model
 from lightning_quant.prepare import restore_model as restore_model
+from lightning_quant.report import summarize as summarize
 from lightning_quant.schedule import Schedule as Schedule
 from lightning_quant.settings import DistillationSetting as DistillationSetting
 from lightning_quant.settings import PruningSetting as PruningSetting
@@ -33,4 +34,5 @@ __all__ = [
     "prepare_model",
     "register_fusion",
     "restore_model",
+    "summarize",
 ]

@@ -9,7 +9,6 @@ every Trainer of the environment would get one.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import inspect
 import os
@@ -33,6 +32,7 @@ from lightning_quant.convert import copy_of
 from lightning_quant.delivery import converted
 from lightning_quant.export import ParityError, export_model, export_options
 from lightning_quant.layers import Plan
+from lightning_quant.report import summarize
 
 PROGRAM = "python -m lightning_quant"
 
@@ -96,7 +96,6 @@ class QuantTrainer(Trainer):
             html: write the report to this file, too.
             datamodule: the config's.
         """
-        summarize = importlib.import_module("lightning_quant.report").summarize
         callback = self._attach(model, datamodule, _checkpoint(ckpt_path))
         if callback._entry:
             sys.stdout.write(f"names are those in {callback._entry!r}\n")

@@ -36,7 +36,7 @@ from lightning_quant.delivery import converted, write_files
 from lightning_quant.export import export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
-from lightning_quant.monitor import Ranges, begin_count, checked_interval, drift, end_count, ranges_of
+from lightning_quant.logs import Logs
 from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
 from lightning_quant.prepare import (
     apply_phase,
@@ -49,7 +49,6 @@ from lightning_quant.prepare import (
     prepare_model,
     prepared_groups,
     quantizer_state,
-    quantizers_of,
     restore_model,
     rounds_all,
     take_from_optimizers,
@@ -101,9 +100,12 @@ class QuantFusionCallback(Callback):
             loggers and `callback_metrics`: `quant/phase` (0: nothing is rounded, 1: weights or some layers, 2: everything),
             `quant/observe` and `quant/freeze_batch_norm` (0 or 1), `quant/clipped_mean` and `quant/clipped_max` (share of an
             activation's values that its grid cut off in that step, mean and greatest over the activations that were rounded),
-            `quant/range_drift` (change of the ranges since the last time, relative to their width). None or 0: nothing is
-            measured. On an accelerator such a step waits for the device.
-        verbose: 0 says nothing, 1 prints the plan and what was converted.
+            `quant/range_drift` (change of the ranges since the last time, relative to their width). To the loggers alone, for
+            each tensor that was rounded: `quant/signal_to_noise/conv1._output_` in dB, `quant/effective_bits/conv1.weight`
+            (see monitor.py; neither where nothing was lost) and `quant/clipped/conv1._output_`. Phases are logged as they begin,
+            too. None or 0: nothing is measured. On an accelerator such a step waits for the device. What the callback was given
+            goes to the loggers once, as hyperparameters `quant/config_list`, `quant/settings`, `quant/schedule`.
+        verbose: 0 says nothing, 1 prints the plan, the phases as they begin and what was converted.
 
     Attributes:
         plan: the `Plan`, from `on_fit_start` on.
@@ -152,10 +154,9 @@ class QuantFusionCallback(Callback):
         self.plan: Plan | None = None
         self.deployed_model: nn.Module | None = None
         self._module: pl.LightningModule | None = None
-        self.log_every_n_steps = checked_interval(log_every_n_steps)
+        self.logs = Logs(log_every_n_steps)
+        self.log_every_n_steps = self.logs.every
         self._phase, self._layers = _FLOAT, 0  # how many layers are in this phase, the first ones in the order of the data
-        self._logged: Ranges = {}  # the ranges when metrics were last logged
-        self._begun: int | None = None  # the optimizer step whose values are being counted
         self._total_steps = math.inf
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._pending: dict[str, Any] | None = None
@@ -179,6 +180,7 @@ class QuantFusionCallback(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
+        self.logs.stop()
         own = self._state(pl_module) if prepared_groups(pl_module) else None
         before = self.plan
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
@@ -212,7 +214,7 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state, calls = None, gather()
         if state is None:
-            self._run, self._logged = uuid.uuid4().hex, {}
+            self._run, self.logs.ranges = uuid.uuid4().hex, {}
             self._set_phase(pl_module, _FLOAT)
             if calibrated(self.calibration, entry, calls, verbose=self.verbose) and not trains(trainer):
                 self._set_phase(pl_module, Phase(observe=False))
@@ -221,6 +223,12 @@ class QuantFusionCallback(Callback):
         if not self._late:
             give_to_optimizers(pl_module, trainer.optimizers)
         self._module, self._pending = pl_module, None
+        if not trains(trainer):  # else when training starts, after the Trainer has logged the module's own
+            self._log_settings(trainer, pl_module)
+
+    def _log_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        given = {"config_list": self.config_list, "settings": self.settings, "schedule": dict(vars(self.schedule))}
+        self.logs.settings(trainer, pl_module, given)
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
@@ -254,9 +262,10 @@ class QuantFusionCallback(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Learn how long the run is, for moments that are shares of it."""
+        """Learn how long the run is, for moments that are shares of it; tell the loggers what this fit was asked for."""
         restore_place(trainer)
         give_to_optimizers(pl_module, trainer.optimizers)
+        self._log_settings(trainer, pl_module)
         if self.schedule.needs_total_steps:
             steps = trainer.estimated_stepping_batches
             self._total_steps = math.inf if steps in (-1, math.inf) else float(steps)
@@ -272,43 +281,18 @@ class QuantFusionCallback(Callback):
         clock = Clock(step=trainer.global_step, epoch=trainer.current_epoch, total_steps=self._total_steps)
         assert self.plan is not None
         phase, layers = self.schedule.phase_at(clock), self.schedule.layers_at(clock, len(self.plan.layers))
-        if (phase, layers) != (self._phase, self._layers):
+        before, now, of = (self._phase, self._layers), (phase, layers), len(self.plan.layers)
+        if now != before:
+            self.logs.change(trainer, before, now, of, verbose=self.verbose)
             self._set_phase(pl_module, phase, layers)
-        if self.log_every_n_steps:
-            self._measure(trainer, pl_module)
-
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if (_step_to_log(trainer) + 1) % self.log_every_n_steps == 0:
-            self._begun = trainer.global_step
-            begin_count(quantizers_of(pl_module).values())
-        elif self._begun is not None:  # that step was broken off
-            self._begun = None
-            end_count(quantizers_of(pl_module).values())
+        self.logs.begin_step(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was measured in this step, once its last batch is through."""
-        if self._begun is None or (pl_module.automatic_optimization and trainer.global_step == self._begun):
-            return  # where gradients are accumulated the step goes on
-        self._begun = None
-        quantizers, phase = quantizers_of(pl_module), self._phase
-        begun = phase.quantize and self._layers > 0
-        metrics: dict[str, float] = {
-            "phase": 2 if rounds_all(pl_module) else int(begun),
-            "observe": int(phase.observe),
-            "freeze_batch_norm": int(phase.freeze_batch_norm),
-            **end_count(quantizers.values()),
-        }
-        ranges = ranges_of(quantizers)
-        if (moved := drift(self._logged, ranges)) is not None:
-            metrics["range_drift"] = moved
-        self._logged = ranges
-        named = {f"quant/{name}": float(value) for name, value in metrics.items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
-        for logger in trainer.loggers:  # not pl_module.log: that reaches them in steps of the Trainer's choice only
-            logger.log_metrics(named, step=_step_to_log(trainer))
+        self.logs.end_step(trainer, pl_module, self._phase, self._layers)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -443,7 +427,7 @@ class QuantFusionCallback(Callback):
             "phase": dict(vars(self._phase)),
             "layers": self._layers,
             "rounds_all": rounds_all(pl_module),
-            "logged": dict(self._logged),
+            "logged": dict(self.logs.ranges),
             "quantizers": quantizer_state(pl_module),
         }
 
@@ -487,10 +471,5 @@ class QuantFusionCallback(Callback):
             raise ConfigError(f"the checkpoint's state is of version {state.get('version')!r}; this release reads version 1.")
         check_decisions(state, decisions(pl_module), {"config_list": self.config_list, "settings": self.settings})
         load_quantizer_state(pl_module, state["quantizers"])
-        self._run, self._logged = state["run"], dict(state.get("logged", {}))
+        self._run, self.logs.ranges = state["run"], dict(state.get("logged", {}))
         self._set_phase(pl_module, Phase(**state["phase"]), state.get("layers"))  # states of old lack both
-
-
-def _step_to_log(trainer: pl.Trainer) -> int:
-    """The number under which Lightning's own loggers file this step, the same in all batches that accumulate for it."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -180,8 +180,8 @@ def _signs(layer: Layer) -> Tensor | None:
     return negative
 
 
-def _folded_grid(layer: Layer) -> tuple[WeightGrid, Tensor, Tensor, TensorSpec]:
-    """(grid, what has its integers there, the float64 scales of the folded weight, their spec)."""
+def folded_grid(layer: Layer) -> tuple[WeightGrid, Tensor, Tensor, TensorSpec]:
+    """(grid, what has its integers there, the float64 scales of the folded weight, their spec); the weight is quantized."""
     quantizer = layer.weight
     assert quantizer is not None
     spec, w, factor = quantizer.spec, wide(weight_of(layer.head).detach()), _factor(layer, torch.float64)
@@ -202,7 +202,7 @@ def bias_error(layer: Layer, x_scale: float | Tensor) -> Tensor:
 
     For weights with one scale, or one for each output channel; `x_scale`: the scale of the layer's input.
     """
-    _, _, scale, _ = _folded_grid(layer)
+    _, _, scale, _ = folded_grid(layer)
     bias = folded_bias(layer)
     step = bias_steps(scale.flatten().expand(bias.shape[0]).to(torch.float32), bias, x_scale)
     return torch.round(bias / step).mul_(step).sub_(bias)
@@ -212,7 +212,7 @@ def fold(layer: Layer) -> FoldedWeight:
     """The layer's weight on the integers that training used, with its norms folded in."""
     quantizer, head = layer.weight, layer.head
     assert quantizer is not None
-    grid, w, scale, spec = _folded_grid(layer)
+    grid, w, scale, spec = folded_grid(layer)
     q, zero, negative = quantizer.integers(w, grid), grid.zero_point, _signs(layer)
     # sign(k) goes into the integers: -q, or the mirror of q on an unsigned grid; the zero point goes with them.
     mirror = spec.qmin + spec.qmax

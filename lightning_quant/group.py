@@ -172,11 +172,10 @@ class Group:
             quantizer.passes += owned
         if owned and self._moves(quantizer):
             quantizer.observe(x)
-        if not (applied and self.phase.quantize_activations and quantizer.ready):
-            return x
-        if quantizer.clipped is not None and self.training and not self.again and x.numel():
-            quantizer.clipped.update(quantizer.clipped_share(x), x.numel())
-        return quantizer(x)
+        y = quantizer(x) if applied and self.phase.quantize_activations and quantizer.ready else x
+        if quantizer.meter is not None and applied and not self.again and x.numel():
+            quantizer.meter(x, y, self.training)
+        return y
 
     def begin(self, head: nn.Module, inputs: list[Tensor]) -> bool:
         """Decide what this pass is; True if the deployed layer runs."""

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns what a plan is made of: one row for each quantized layer, the whole, and how it is printed."""
+"""Owns what a plan is made of: one row for each quantized layer, and the whole; both print themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_quant.matching import TargetPlan
 from lightning_quant.sites import Operator
+from lightning_quant.tables import html_table, text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +80,30 @@ class Plan:
     operators: Mapping[str, Operator] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        head = ("module", "fused with", "target", "dtype", "scheme", "granularity", "decided by", "notes")
-        rows = [row for layer in self.layers for row in _rows(layer)]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        rule = tuple("-" * width for width in widths)
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, rule, *rows)]
+        return text_table(_HEAD, self._rows, notes=[f"note: {note}" for note in self._remarks])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
+
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        return html_table(_HEAD, self._rows, notes=self._remarks)
+
+    @property
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [row for layer in self.layers for row in _rows(layer)]
+
+    @property
+    def _remarks(self) -> list[str]:
+        """The notes, and what computes in float, by reason."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
-        left = [f"in float, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-        return "\n".join([*lines, *(f"note: {note}" for note in (*self.notes, *left))])
+        return [*self.notes, *(f"in float, {reason}: {', '.join(names)}" for reason, names in reasons.items())]
+
+
+_HEAD = ("module", "fused with", "target", "dtype", "scheme", "granularity", "decided by", "notes")
 
 
 def _rows(layer: LayerPlan) -> list[tuple[str, ...]]:

@@ -123,6 +123,10 @@ class DorefaWeight(WeightQuantizer):
         """The integers of the squashed weight."""
         return quantize_weight(self._squashed(weight), grid, self.spec)
 
+    def clipped(self, weight: Tensor, grid: WeightGrid) -> Tensor:  # noqa: ARG002
+        """None: the maximum is the end of the grid."""
+        return torch.zeros_like(weight, dtype=torch.bool)
+
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The squashed weight, rounded."""
         assert fold is None and channel is None, self.name
@@ -145,6 +149,10 @@ class BinaryWeight(WeightQuantizer):
     def integers(self, weight: Tensor, grid: WeightGrid) -> Tensor:  # noqa: ARG002
         """-1 and 1."""
         return sign(weight)
+
+    def clipped(self, weight: Tensor, grid: WeightGrid) -> Tensor:  # noqa: ARG002
+        """Beyond -1 and 1."""
+        return weight.detach().abs() > 1
 
     def rounded(self, weight: Tensor, fold: Tensor | None = None, channel: tuple[int, ...] | None = None) -> Tensor:
         """The sign."""

@@ -8,12 +8,14 @@ dequantize_weight, round_blocks, conv, linear. The arithmetic is stated in `inte
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lightning_quant.quantizers import spread
 
@@ -186,3 +188,10 @@ for _name, _kernel, _shape in (
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lightning_quant::{_name}", _shape, lib=_LIBRARY)
+
+
+@register_flop_formula([torch.ops.lightning_quant.conv, torch.ops.lightning_quant.linear])
+def _flops(*shapes: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    """What torch's counter (and Lightning's ModelSummary) adds for a call, by the shapes of its tensors."""
+    weight: Sequence[int] = shapes[3]
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])

@@ -21,14 +21,13 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lightning_quant.config import TensorSpec
 
@@ -244,7 +243,8 @@ class ActivationQuantizer:
         self.changes = 0  # counts what moved the range, so that what was built on it can tell
         self.passes = 0  # how often the layer that moves its range ran
         self.settled = False  # whether this pass leaves the range alone; what lags behind the batches (observers.py) can tell
-        self.clipped: MeanMetric | None = None  # set for the steps that count what the ends of the grid cut off
+        # Set for the passes that are measured: shown what came, what became of it and whether the pass is one of training.
+        self.meter: Callable[[Tensor, Tensor, bool], None] | None = None
         # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
         self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
@@ -262,7 +262,7 @@ class ActivationQuantizer:
     @property
     def traces(self) -> bool:
         """Whether torch.compile can follow this quantizer now, its numbers being tensors then."""
-        return self.clipped is None and self.averaged is None
+        return self.meter is None and self.averaged is None
 
     @property
     def momentum(self) -> float:
@@ -370,15 +370,17 @@ class ActivationQuantizer:
         """The scale now: a number where x is on the host, else a tensor there. `ready` must hold; one for the tensor."""
         return self._numbers()[0] if on_host(x) else self._scale_and_zero(x.device)[0]
 
+    def rectify(self, x: Tensor) -> Tensor:
+        """What the activation before it makes of x, if that is absorbed: what it would hand on if nothing were rounded."""
+        return x.clamp(self.floor, self.cap) if self.rectified else x
+
     def clipped_share(self, x: Tensor) -> float:
         """The share of x's values, in [0, 1], whose integer lies outside [qmin, qmax] before the clamp.
 
         `x` as for a call, not empty; `ready` must hold. What the activation before it cuts off is not clipped: behind a ReLU only
         values above the upper end count. Waits for an accelerator.
         """
-        x, grid = x.detach(), self.grid()
-        x = wide(x)
-        x = x.clamp(self.floor, self.cap) if self.rectified else x
+        x, grid = self.rectify(wide(x.detach())), self.grid()
         if isinstance(grid, SignGrid):  # where the gradient of a sign stops
             return float((x.abs() > 1).count_nonzero()) / x.numel()
         q = torch.div(x, grid.scale).round_().add_(grid.zero_point)

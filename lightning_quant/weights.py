@@ -286,6 +286,12 @@ class WeightQuantizer:
         y, self.faint = _rounded_with_faint(weight, self.spec, fold, channel, None)
         return y
 
+    def clipped(self, weight: Tensor, grid: WeightGrid) -> Tensor:
+        """Which values lie beyond the ends of the grid and are cut off, bool of the weight's shape."""
+        q = torch.div(weight.detach(), grid.scale).round_()
+        q = q if grid.zero_point is None else q.add_(grid.zero_point)
+        return (q < self.spec.qmin).logical_or_(q > self.spec.qmax)
+
     def state_dict(self) -> dict[str, Any]:
         """What cannot be had from the weight, as tensors on the host."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.learned.items()}

@@ -367,7 +367,6 @@ def test_a_file_that_computes_something_else_is_not_written(fitted: Path, capsys
 
 
 def test_report_shows_the_checkpoints_layers(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lightning_quant.report")
     capsys.readouterr()
     options = ["--config", str(fitted / "config.yaml"), "--ckpt", str(fitted / "checkpoints" / "best.ckpt")]
     assert main(["report", *options, "--html=report.html"]) == 0

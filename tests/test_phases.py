@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import FUSED, Lit, Net, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model
-from lightning_quant.monitor import begin_count, drift, end_count, ranges_of
+from lightning_quant.monitor import Meters, clipped_summary, drift, ranges_of
 from lightning_quant.prepare import (
     apply_phase,
     load_quantizer_state,
@@ -331,7 +331,7 @@ def test_a_resume_in_mid_epoch_is_bitwise(schedule: dict[str, Any], quiet_traine
 
     def run(stop: int, ckpt_path: Path | None = None) -> tuple[Lit, QuantFusionCallback, Begun]:
         torch.manual_seed(0)
-        rows.append(Rows())
+        rows.append(Rows(4))
         begun, saver = Begun(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
         model, callback = Lit(), QuantFusionCallback(FUSED, schedule=schedule, log_every_n_steps=4, source="last", verbose=0)
         callbacks = [callback, begun, saver, Stop(stop)]
@@ -355,9 +355,9 @@ def test_a_resume_in_mid_epoch_is_bitwise(schedule: dict[str, Any], quiet_traine
     assert {key: one[key] for key in ("phase", "layers", "rounds_all")} == {
         key: two[key] for key in ("phase", "layers", "rounds_all")
     }
-    assert [list(run.rows) for run in rows] == [[3, 7, 11], [3], [7, 11]]
+    assert [list(run.measured) for run in rows] == [[3, 7, 11], [3], [7, 11]]
     assert {**rows[1].rows, **rows[2].rows} == rows[0].rows, "drift is since what the first half has logged"
-    assert all("quant/range_drift" in row for row in rows[2].rows.values())
+    assert all("quant/range_drift" in row for row in rows[2].measured.values())
     assert reference.deployed_model is not None
     assert callback.deployed_model is not None
     assert torch.equal(reference.deployed_model(X), callback.deployed_model(X))
@@ -470,9 +470,9 @@ def test_clipped_values_are_those_beyond_the_grid() -> None:
     net.get_submodule("bn1").register_forward_hook(lambda m, args, out: seen.update(bn1=out.detach()))
     net.get_submodule("bn2").register_forward_hook(lambda m, args, out: seen.update(bn2=out.detach()))
     quantizers = quantizers_of(net)
-    begin_count(quantizers.values())
+    meters = Meters(quantizers)
     net(X)
-    got = end_count(quantizers.values())
+    got = clipped_summary(meters.stop())
     step, zero = np.float32(2.5 / 255), 102
     q = np.rint(X.numpy() / step) + zero
     high = state["conv2._output_"]["high"]
@@ -484,8 +484,7 @@ def test_clipped_values_are_those_beyond_the_grid() -> None:
     assert shares[0] > 0.1
     assert shares[1] > 0.02
     assert got == {"clipped_mean": pytest.approx(np.mean(shares), rel=1e-5), "clipped_max": pytest.approx(max(shares), rel=1e-5)}
-    assert end_count(quantizers.values()) == {}, "counting has ended"
-    assert all(quantizer.clipped is None for quantizer in quantizers.values())
+    assert all(quantizer.meter is None for quantizer in quantizers.values()), "counting has ended"
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
@@ -531,11 +530,9 @@ def test_only_what_is_rounded_in_training_is_counted() -> None:
 
     def counted(phase: Phase, training: bool) -> int:
         apply_phase(net.train(training), phase)
-        begin_count(quantizers.values())
+        meters = Meters(quantizers)
         net(X)
-        number = sum(q.clipped is not None and q.clipped.update_count for q in quantizers.values())
-        end_count(quantizers.values())
-        return number
+        return len(meters.stop())
 
     assert counted(Phase(), training=True) == 3
     assert counted(WEIGHTS, training=True) == 0
@@ -565,12 +562,18 @@ def test_drift_by_hand() -> None:
 class Rows(Logger):
     """Keeps what it is given, by step."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
         super().__init__()
+        self.every = every
         self.rows: dict[int, dict[str, float]] = {}
 
     name = "rows"
     version = 0
+
+    @property
+    def measured(self) -> dict[int, dict[str, float]]:
+        """The steps that are measured: the others only say that a phase begins, by three numbers."""
+        return {step: row for step, row in self.rows.items() if (step + 1) % self.every == 0 or len(row) > 3}
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
 
@@ -583,12 +586,12 @@ class Rows(Logger):
 
 
 def logged(make: TrainerMaker, schedule: dict[str, Any], **options: Any) -> tuple[dict[int, dict[str, float]], Trainer, Weights]:
-    rows, weights = Rows(), Weights()
     every = options.pop("every", 2)
+    rows, weights = Rows(every or 1), Weights()
     callback = QuantFusionCallback(FUSED, schedule=schedule, log_every_n_steps=every, verbose=0)
     trainer = make(max_epochs=3, callbacks=[callback, weights], logger=rows, **options)
     trainer.fit(Lit(), loader(), loader(seed=1))
-    return rows.rows, trainer, weights
+    return rows.measured, trainer, weights
 
 
 def test_what_is_logged_when(quiet_trainer: TrainerMaker) -> None:
