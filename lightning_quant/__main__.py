@@ -33,6 +33,7 @@ from lightning_quant.delivery import converted
 from lightning_quant.export import ParityError, export_model, export_options
 from lightning_quant.layers import Plan
 from lightning_quant.report import summarize
+from lightning_quant.targets import uncompiled_name
 
 PROGRAM = "python -m lightning_quant"
 
@@ -78,7 +79,7 @@ class QuantTrainer(Trainer):
         entry, example = callback._entry, callback._example
         if example is None:
             raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
-        deployed = converted(copy_of(model), entry, example).get_submodule(entry)
+        deployed = converted(copy_of(model), entry, example).get_submodule(uncompiled_name(entry))
         sys.stdout.write(f"wrote {export_model(deployed, path, example_input=example, **options)}\n")
 
     def report(

@@ -30,8 +30,9 @@ from lightning_quant.checkpoints import (
     with_learned,
     without_learned,
 )
+from lightning_quant.company import ParameterGroups, check_precision, stand_before_finetuning
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
-from lightning_quant.convert import convert_model, copy_of, strayed, unobserved
+from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
 from lightning_quant.delivery import converted, write_files
 from lightning_quant.export import export_options
 from lightning_quant.graph import Graph
@@ -57,6 +58,7 @@ from lightning_quant.record import moved
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
 from lightning_quant.symbolic import trace
+from lightning_quant.targets import uncompiled_name
 
 _FLOAT = Phase(observe=False, quantize=False)
 
@@ -161,6 +163,7 @@ class QuantFusionCallback(Callback):
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._pending: dict[str, Any] | None = None
         self._late = False  # optimizers get what is learned only after their state is restored, which knows nothing of it
+        self._groups = ParameterGroups()
         self._example: Any = None
         self._told, self._entry = False, ""
 
@@ -174,6 +177,8 @@ class QuantFusionCallback(Callback):
                 f"{type(self).__name__}: {trainer.world_size} processes would each have ranges of their own; merging them is not "
                 "built yet. Use Trainer(devices=1, num_nodes=1)."
             )
+        check_precision(trainer)
+        stand_before_finetuning(trainer, self)
         self._module = pl_module if self._module is pl_module and prepared_groups(pl_module) else None
         self._pending, self._late = None, False
 
@@ -181,6 +186,13 @@ class QuantFusionCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
         self.logs.stop()
+        with uncompiled(pl_module):
+            self._begin_fit(trainer, pl_module)
+        SavesWithWeights(pl_module, self.state_key, self.state_dict)
+        if self.verbose:
+            rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
+
+    def _begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = self._state(pl_module) if prepared_groups(pl_module) else None
         before = self.plan
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
@@ -195,9 +207,6 @@ class QuantFusionCallback(Callback):
                 self._prepare(pl_module, before)
                 self._load(pl_module, own)
             raise
-        SavesWithWeights(pl_module, self.state_key, self.state_dict)
-        if self.verbose:
-            rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
@@ -221,7 +230,7 @@ class QuantFusionCallback(Callback):
         else:
             self._load(pl_module, state)
         if not self._late:
-            give_to_optimizers(pl_module, trainer.optimizers)
+            self._groups.begin(trainer, pl_module, resumed=self._pending is not None)
         self._module, self._pending = pl_module, None
         if not trains(trainer):  # else when training starts, after the Trainer has logged the module's own
             self._log_settings(trainer, pl_module)
@@ -276,8 +285,14 @@ class QuantFusionCallback(Callback):
                 )
 
     @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finetuning callbacks, whose turn it is next, look at the parameter groups."""
+        self._groups.set_aside(trainer, pl_module)
+
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The phase is a function of the clock alone, so a resumed run is where it was."""
+        self._groups.put_back(trainer, pl_module)
         clock = Clock(step=trainer.global_step, epoch=trainer.current_epoch, total_steps=self._total_steps)
         assert self.plan is not None
         phase, layers = self.schedule.phase_at(clock), self.schedule.layers_at(clock, len(self.plan.layers))
@@ -333,7 +348,7 @@ class QuantFusionCallback(Callback):
     def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         drop_deployed_layers(pl_module)
         if self._pending is not None:
-            with torch.inference_mode(False):  # what is made in it could not be trained later
+            with torch.inference_mode(False), uncompiled(pl_module):  # what is made in it could not be trained later
                 self._attach_restored(trainer, pl_module, self._pending, stage)
 
     def _attach_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any], stage: str) -> None:
@@ -366,16 +381,18 @@ class QuantFusionCallback(Callback):
             return
         best = self.source == "best" and trains(trainer)
         origin = best_checkpoint(trainer, self.state_key, self._run) if best else None
-        twin = copy_of(pl_module)
+        twin = made_permanent(copy_of(pl_module))
         if origin is not None:
-            twin.load_state_dict(origin[1]["state_dict"], strict=pl_module.strict_loading)
+            load_weights(twin, origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
         self.deployed_model = deployed = converted(twin, self._entry, self._example)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
-            write_files(deployed.get_submodule(self._entry), folder, self.export, self._example, verbose=self.verbose)
+            write_files(
+                deployed.get_submodule(uncompiled_name(self._entry)), folder, self.export, self._example, verbose=self.verbose
+            )
 
     def _unfinished(self, pl_module: pl.LightningModule) -> str | None:
         """Why there is nothing to convert: eval mode would not show what is shipped."""
@@ -429,6 +446,7 @@ class QuantFusionCallback(Callback):
             "rounds_all": rounds_all(pl_module),
             "logged": dict(self.logs.ranges),
             "quantizers": quantizer_state(pl_module),
+            "places": copy.deepcopy(self._groups.places),
         }
 
     @override
@@ -453,8 +471,9 @@ class QuantFusionCallback(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module's own hook."""
+        """Leave the module's own hook; whoever saves a checkpoint now saves a whole one."""
         saves_alone(pl_module)
+        self._groups.put_back(trainer, pl_module)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -472,4 +491,5 @@ class QuantFusionCallback(Callback):
         check_decisions(state, decisions(pl_module), {"config_list": self.config_list, "settings": self.settings})
         load_quantizer_state(pl_module, state["quantizers"])
         self._run, self.logs.ranges = state["run"], dict(state.get("logged", {}))
+        self._groups.places = copy.deepcopy(state.get("places", {}))
         self._set_phase(pl_module, Phase(**state["phase"]), state.get("layers"))  # states of old lack both

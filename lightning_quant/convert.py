@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import warnings
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.utils.prune import BasePruningMethod, remove
 
 from lightning_quant.config import ConfigError
 from lightning_quant.fusion import Ending
-from lightning_quant.group import Group, Strays, leave
+from lightning_quant.group import Group, Strays, leave, watching
 from lightning_quant.integer import ActivatedLayer
 from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner
 from lightning_quant.prepare import prepared_groups, quantizers_of
@@ -53,7 +58,7 @@ def convert_model(model: nn.Module) -> nn.Module:
             "something else: do that in the forward.",
             stacklevel=2,
         )
-    deployed = copy_of(model)
+    deployed = unwrapped(made_permanent(copy_of(model)))
     for quantizer in quantizers_of(deployed).values():
         quantizer.settled = True
     groups = list(prepared_groups(deployed).values())
@@ -89,7 +94,7 @@ def _hooked(model: nn.Module) -> list[str]:
     found: list[str] = []
     for head, group in prepared_groups(model).values():
         chain = [] if isinstance(group, OperatorGroup) else [*group.ahead, head, *group.members]
-        ends = [m for m in chain[:1] if m._forward_pre_hooks] + [m for m in chain[-1:] if m._forward_hooks]
+        ends = [m for m in chain[:1] if watching(m)] + [m for m in chain[-1:] if m._forward_hooks]
         found += [names[id(m)] for m in ends if id(m) in names]  # a function that ends a group has no name
     return list(dict.fromkeys(found))
 
@@ -132,7 +137,72 @@ def copy_of(model: Model) -> Model:
     twin = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
     for module in twin.modules():
         module._compiled_call_impl = None  # what `module.compile()` made is bound to the original (a LightningModule's is copied)
+        uncompile(module)
     return twin
+
+
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+def uncompile(module: nn.Module) -> Callable[..., Any] | None:
+    """Have a LightningModule run its own steps again that a Trainer was given as `torch.compile(module)`.
+
+    Returns what compiled them, None if nothing had. A copy of such a module would run the original's.
+    """
+    context = module.__dict__.get("_compiler_ctx")
+    if context is None:
+        return None
+    for name in _STEPS:
+        step = context[f"original_{name}"]
+        if inspect.ismethod(step) or hasattr(step, "_torchdynamo_orig_callable"):  # a second fit compiles what was compiled
+            module.__dict__.pop(name, None)  # the class has it, prepared or not
+        else:
+            module.__dict__[name] = step
+    module.__dict__["_compiler_ctx"] = None
+    compiler: Callable[..., Any] = context["dynamo_ctx"]
+    return compiler
+
+
+@contextlib.contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Within this context the steps of a LightningModule are its own; then they are compiled again as they are by then."""
+    compiler = uncompile(module)
+    try:
+        yield
+    finally:
+        if compiler is not None:
+            steps = {name: getattr(module, name) for name in _STEPS}
+            originals = {f"original_{name}": step for name, step in steps.items()}
+            module.__dict__["_compiler_ctx"] = {"compiler": "dynamo", "dynamo_ctx": compiler, **originals}
+            module.__dict__.update((name, compiler(step)) for name, step in steps.items())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` with the modules that `torch.compile(module)` wraps in its place, under the names that they have alone."""
+    for module in list(model.modules()):
+        if isinstance(module, OptimizedModule):
+            replace_module(model, module, module._orig_mod)
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
+def made_permanent(model: Model) -> Model:
+    """`model` with what is being pruned (`torch.nn.utils.prune`) for good: the masked values are the Parameters."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, BasePruningMethod):
+                remove(module, hook._tensor_name)
+    return model
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool) -> None:
+    """`load_state_dict`, whether the model or the state was being pruned by then or not: masked values count."""
+    masked = {key.removesuffix("_mask") for key in state if key.endswith("_mask")}
+    masked = {key for key in masked if f"{key}_orig" in state}
+    dense = {key: value for key, value in state.items() if key.removesuffix("_mask").removesuffix("_orig") not in masked}
+    for key in masked:
+        original, mask = state[f"{key}_orig"], state[f"{key}_mask"]
+        dense[key] = original * mask.to(original.dtype)
+    made_permanent(model).load_state_dict(dense, strict=strict)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

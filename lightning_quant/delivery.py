@@ -16,7 +16,7 @@ from lightning_quant.config import ConfigError
 from lightning_quant.convert import convert_model
 from lightning_quant.export import ParityError, export_model
 from lightning_quant.record import copied, split_example, undisturbed
-from lightning_quant.targets import tensors_in
+from lightning_quant.targets import tensors_in, uncompiled_name
 
 
 def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
@@ -30,7 +30,7 @@ def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
     """
     deployed = convert_model(prepared)
     if example is not None:
-        check_conversion(prepared.get_submodule(entry), deployed.get_submodule(entry), example)
+        check_conversion(prepared.get_submodule(entry), deployed.get_submodule(uncompiled_name(entry)), example)
     return deployed
 
 

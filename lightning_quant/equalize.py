@@ -146,7 +146,7 @@ def _balance(links: list[_Link], iterations: int) -> tuple[list[Tensor], int]:
     """Scale the parameters of all pairs in place; (s of each pair, how many rounds it took)."""
     norms = [norm._parameters.get("weight") for link in links for norm in (link.norm, link.second_norm) if norm is not None]
     used = [p for link in links for p in (*_made_by(link), weight_of(link.first), weight_of(link.second))]
-    parameters = {id(p): p for p in (*used, *norms) if p is not None}
+    parameters: dict[int, Tensor] = {id(p): p for p in (*used, *norms) if p is not None}
     values: Values = {key: p.detach().to("cpu", torch.float64, copy=True) for key, p in parameters.items()}
     factors = [torch.ones(channels_of(link.first), dtype=torch.float64) for link in links]
     rounds, furthest = 0, math.inf if links else 0.0
@@ -160,8 +160,8 @@ def _balance(links: list[_Link], iterations: int) -> tuple[list[Tensor], int]:
             values[id(weight_of(link.second))].mul_(_over_inputs(s.repeat_interleave(link.repeat), link.second))
             total.mul_(s)
             furthest = max(furthest, float(s.log().abs().max()))
-    for key, parameter in parameters.items():
-        parameter.copy_(values[key])
+    for key, original in parameters.items():
+        original.copy_(values[key])
     return factors, rounds
 
 

@@ -24,6 +24,7 @@ from lightning_quant.config import TensorSpec
 from lightning_quant.integer import FoldedWeight, bias_steps, one_a_block, storage
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, affine_of
 from lightning_quant.quantizers import wide
+from lightning_quant.targets import parameter_of
 from lightning_quant.weights import WeightGrid, WeightQuantizer
 
 
@@ -38,9 +39,9 @@ class Layer:
     bias: WeightQuantizer | None = None
 
 
-def weight_of(head: nn.Module) -> nn.Parameter:
-    """The Parameter itself, also while a rounded tensor hides it."""
-    weight = head._parameters["weight"]
+def weight_of(head: nn.Module) -> Tensor:
+    """The Parameter itself, also while a rounded tensor hides it; while it is being pruned, what is left of it."""
+    weight = parameter_of(head, "weight")
     assert weight is not None
     return weight
 
@@ -86,9 +87,12 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
         return k, t
     assert isinstance(norm, BatchNorm) and norm.running_var is not None and norm.running_mean is not None
     k = torch.rsqrt(norm.running_var.detach().double() + norm.eps)
-    k = k if norm.weight is None else k * norm.weight.detach().double()
+    weight, bias = (
+        parameter_of(norm, key) if f"{key}_mask" in norm._buffers else getattr(norm, key) for key in ("weight", "bias")
+    )
+    k = k if weight is None else k * weight.detach().double()
     t = -norm.running_mean.detach().double() * k
-    return k, t if norm.bias is None else t + norm.bias.detach().double()
+    return k, t if bias is None else t + bias.detach().double()
 
 
 def over_outputs(values: Tensor, head: nn.Module) -> Tensor:
@@ -153,8 +157,7 @@ def _commutes(layer: Layer, quantizer: WeightQuantizer) -> bool:
 
 def folded_bias(layer: Layer) -> Tensor:
     """b' = b k + t (with what a norm before the layer adds to b), float64 (C,); b on its grid if it has one."""
-    weight, parameter = weight_of(layer.head), layer.head._parameters.get("bias")
-    bias: Tensor | None = parameter
+    weight, bias = weight_of(layer.head), parameter_of(layer.head, "bias")
     if bias is not None and layer.bias is not None:
         with torch.no_grad():
             bias = layer.bias.rounded(bias)

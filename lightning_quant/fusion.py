@@ -53,6 +53,7 @@ from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import TRANSPOSED, BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid, exchanged
 from lightning_quant.sites import Operator
+from lightning_quant.targets import parameter_of
 from lightning_quant.weights import WeightQuantizer, rounded_again
 
 # -- the state that the members of a group share ----------------------------------------------------------------------
@@ -297,7 +298,7 @@ class FusedGroup(Ending):
         rounded: dict[str, Tensor] = {}
         if self.weight is not None:
             rounded[WEIGHT] = rounded_weight(self.layer(head))
-        bias = head._parameters.get("bias")
+        bias = parameter_of(head, "bias")
         if self.bias is not None and bias is not None:
             rounded["bias"] = self.bias.rounded(bias)
         return rounded
@@ -329,7 +330,7 @@ class _Head(Member):
             return group.hand_on(deployed, 0, True)
         x = input if behind else group.round_input(input)
         rounded = group.rounded_parameters(self) if group.rounds_parameters else {}
-        error, bias = group.note_bias_error(self, x) if group.simulate_bias else None, self._parameters.get("bias")
+        error, bias = group.note_bias_error(self, x) if group.simulate_bias else None, parameter_of(self, "bias")
         if error is not None and group.norm is None:  # without a bias, what a norm before the layer adds
             rounded["bias"] = error if bias is None else rounded.get("bias", bias) + error
         with hidden(self, rounded), group.kept_for_backward(self, rounded):

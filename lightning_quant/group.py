@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.eval_frame import skip_code
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_quant.config import ConfigError
 from lightning_quant.quantizers import ActivationQuantizer
@@ -212,7 +213,7 @@ class Group:
     def _is_watched(self, head: nn.Module) -> bool:
         """Whether a user's hook sits between members and must see the tensors of the float model."""
         chain = [*self.ahead, head, *self.members]
-        return any(map(_HOOKS, chain[:-1])) or any(map(_PRE_HOOKS, chain[1:]))
+        return any(map(_HOOKS, chain[:-1])) or any(map(watching, filter(_PRE_HOOKS, chain[1:])))
 
     def deployed_now(self, head: nn.Module) -> nn.Module:
         """The deployed layer; built once, from the parameters and ranges as they are now."""
@@ -233,6 +234,11 @@ class Group:
             with torch.inference_mode(False), torch.no_grad():
                 self.deployed = self.deploy(head)
         return self.deployed
+
+
+def watching(module: nn.Module) -> bool:
+    """Whether a hook sees what goes into a module; pruning has hooks that only mask parameters."""
+    return not all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
 
 
 def group_of(module: nn.Module) -> Group | None:

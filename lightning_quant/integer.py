@@ -89,7 +89,20 @@ def one_a_block(values: Tensor, spec: TensorSpec, lead: int = 0) -> Tensor:
     return values
 
 
-class Rounding(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module whose own buffers keep their dtypes: `model.double()`, say, is for float layers. They move between devices."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = dict(self._buffers)
+        super()._apply(*args, **kwargs)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class Rounding(KeepsDtypes):
     """An activation's grid as a module: float tensor in, float32 tensor on the grid out.
 
     Args:
@@ -219,7 +232,7 @@ def _widened(folded: FoldedWeight, x_scale: float) -> FoldedWeight:
     return FoldedWeight(q=q, scale=scale, zero_point=folded.zero_point, bias=folded.bias)
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(KeepsDtypes):
     """A convolution or linear layer on integers: float tensor in, float tensor out, both on their grids.
 
     Args:
@@ -318,7 +331,7 @@ class IntegerLayer(nn.Module):
         return f"{self.geometry.kind}, {tuple(self.weight.shape)}, int8 weight, int32 bias, uint8 -> {y}"
 
 
-class PartlyIntegerLayer(nn.Module):
+class PartlyIntegerLayer(KeepsDtypes):
     """A layer that lacks a grid on its weight or its input, so that no integer kernel can run it: float arithmetic.
 
     Args:

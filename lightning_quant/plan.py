@@ -190,8 +190,9 @@ def record_forward(model: nn.Module, example_input: Any, entry: nn.Module | None
     try:
         return record(model, example_input, entry=entry)
     except Exception as error:
+        called = type(model if entry is None else entry).__name__
         raise ConfigError(
-            f"example_input: the recorded forward of {type(entry or model).__name__} failed: {error}. Give what the model is "
+            f"example_input: the recorded forward of {called} failed: {error}. Give what the model is "
             "called with: a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)."
         ) from error
 

@@ -305,7 +305,7 @@ def record(model: nn.Module, example_input: Any, *, entry: nn.Module | None = No
     Raises:
         Exception: whatever the forward raises.
     """
-    return calls_apart(model, lambda shared: _recorded(model, example_input, entry or model, shared))
+    return calls_apart(model, lambda shared: _recorded(model, example_input, model if entry is None else entry, shared))
 
 
 def calls_apart(model: nn.Module, run: Callable[[frozenset[str]], tuple[Graph, set[str]]]) -> Graph:

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_quant.config import Rule
 from lightning_quant.keys import Problems, closest, guess
 from lightning_quant.settings import OPERATORS, QuantizationSetting, is_called
 from lightning_quant.sites import Operator
+from lightning_quant.targets import uncompiled_name
 
 
 class Modules:
@@ -31,11 +33,13 @@ class Modules:
         unset: Mapping[str, Operator] | None = None,
     ) -> None:
         self.root, self.recorded, self.unset = root, operators is not None, unset or {}
-        self.by_name: dict[str, nn.Module] = dict(scope.named_modules())
-        first = {id(module): name for name, module in self.by_name.items()}
-        self.aliases = {
-            name: first[id(module)] for name, module in scope.named_modules(remove_duplicate=False) if first[id(module)] != name
+        self.by_name: dict[str, nn.Module] = {
+            name: module for name, module in scope.named_modules() if not (name and isinstance(module, OptimizedModule))
         }
+        first = {id(module): name for name, module in self.by_name.items()}
+        every = [(name, first.get(id(module), name)) for name, module in scope.named_modules(remove_duplicate=False)]
+        self.aliases = {name: own for name, own in every if own != name}
+        self.aliases |= {short: own for name, own in every if (short := uncompiled_name(name)) != name}
         self.sites: dict[str, list[str]] = {}
         order = list(self.by_name)
         for name, operator in (operators or {}).items():

@@ -183,6 +183,23 @@ def owner_of(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path) if path else module, name
 
 
+def uncompiled_name(name: str) -> str:
+    """The name that a module has where `torch.compile(module)` wraps nothing: 'net._orig_mod.conv' -> 'net.conv'."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter that `module` itself holds, also while another tensor hides it; None without one.
+
+    Of one that is being pruned (`torch.nn.utils.prune`), what the mask leaves of it now: the attribute is of the last forward.
+    """
+    parameter: Tensor | None = module._parameters.get(name)
+    if parameter is None and (mask := module._buffers.get(f"{name}_mask")) is not None:
+        original = module._parameters.get(f"{name}_orig")
+        return None if original is None else original * mask.to(original.dtype)
+    return parameter
+
+
 # -- the tensors of a call ----------------------------------------------------------------------------------------------
 
 

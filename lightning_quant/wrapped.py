@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.group import Group, Member, hidden, leave, own_class
-from lightning_quant.integer import Rounding, carrying, integer_tensor, widened
+from lightning_quant.integer import KeepsDtypes, Rounding, carrying, integer_tensor, widened
 from lightning_quant.quantizers import ActivationQuantizer
-from lightning_quant.targets import Argument, on_tensors, owner_of, tensors_in, with_outputs
+from lightning_quant.targets import Argument, on_tensors, owner_of, parameter_of, tensors_in, with_outputs
 from lightning_quant.weights import WeightQuantizer
 
 Round = Callable[[Tensor], Tensor]
@@ -122,9 +122,8 @@ def _own_forward(head: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    owner, own = owner_of(module, name)
-    parameter = owner._parameters[own]
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    parameter = parameter_of(*owner_of(module, name))
     assert parameter is not None
     return parameter
 
@@ -142,7 +141,7 @@ class WrappedModule(Member):
         return group.simulated(self, args, kwargs)
 
 
-class QuantizedModule(nn.Module):
+class QuantizedModule(KeepsDtypes):
     """A module of any type as it is deployed: integer parameters, rounded arguments and outputs, float arithmetic.
 
     Called with what the module's own forward takes. A parameter `p1` is stored as the buffers `p1` (integers), `p1_scale` and,
