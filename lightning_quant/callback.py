@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.calibration import Calibration, calibrated, equalized, gathered, trains
@@ -39,14 +39,18 @@ from lightning_quant.prepare import (
     give_to_optimizers,
     is_complete,
     load_quantizer_state,
+    members_of,
     prepare_model,
     prepared_groups,
     quantizer_state,
     quantizers_of,
+    relink,
     restore_model,
     rounds_all,
     take_from_optimizers,
 )
+from lightning_quant.processes import ManyProcesses, give_statistics
+from lightning_quant.ranks import from_first, merge_clipped, together
 from lightning_quant.record import moved
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
@@ -55,7 +59,7 @@ from lightning_quant.symbolic import trace
 _FLOAT = Phase(observe=False, quantize=False)
 
 
-class QuantFusionCallback(Callback):
+class QuantFusionCallback(ManyProcesses):
     r"""Trains a quantized, fused model out of any LightningModule and converts it to int8 at the end of fit.
 
     In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected modules and
@@ -95,16 +99,17 @@ class QuantFusionCallback(Callback):
             `quant/observe` and `quant/freeze_batch_norm` (0 or 1), `quant/clipped_mean` and `quant/clipped_max` (share of an
             activation's values that its grid cut off in that step, mean and greatest over the activations that were rounded),
             `quant/range_drift` (change of the ranges since the last time, relative to their width). None or 0: nothing is
-            measured. On an accelerator such a step waits for the device.
+            measured. On an accelerator such a step waits for the device. Shares are those of all processes' values.
         verbose: 0 says nothing, 1 prints the plan and what was converted.
 
     Attributes:
         plan: the `Plan`, from `on_fit_start` on.
-        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then.
+        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then. Where
+            the fit runs in processes of its own (ddp_spawn, ddp_notebook), both are there when it has returned.
 
     Raises:
-        ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `on_fit_start` for the
-            rest, before the first batch; the model is then unchanged.
+        ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `setup` for a strategy that
+            gives a process parts of weights, in `on_fit_start` for the rest, before the first batch; the model is then unchanged.
 
     Example::
 
@@ -142,8 +147,7 @@ class QuantFusionCallback(Callback):
         self.memory, self.simulate_bias = checked_memory(memory), checked_switch("simulate_bias", simulate_bias)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
-        self.plan: Plan | None = None
-        self.deployed_model: nn.Module | None = None
+        self._members: dict[str, nn.Module] = {}
         self._module: pl.LightningModule | None = None
         self.log_every_n_steps = checked_interval(log_every_n_steps)
         self._phase, self._layers = _FLOAT, 0  # how many layers are in this phase, the first ones in the order of the data
@@ -160,16 +164,13 @@ class QuantFusionCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember whose checkpoint may be restored next; a module prepared in an earlier fit takes its state at once."""
-        if stage == "fit" and trainer.world_size > 1:
-            raise ConfigError(
-                f"{type(self).__name__}: {trainer.world_size} processes would each have ranges of their own; merging them is not "
-                "built yet. Use Trainer(devices=1, num_nodes=1)."
-            )
+        super().setup(trainer, pl_module, stage)
         self._module, self._pending = (pl_module if prepared_groups(pl_module) else None), None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plan and attach. A module that is prepared already (a second fit) keeps its ranges, if its plan stays the same."""
+        self._members = relink(pl_module, self._members)
         again = bool(prepared_groups(pl_module))
         state, before = (self._state(pl_module), self.plan) if again else (self._pending, None)
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
@@ -188,7 +189,7 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: Mapping[str, Any] | None, again: bool) -> None:
-        self.plan = plan = self._make_plan(trainer, pl_module)
+        self.plan = plan = together(lambda: self._make_plan(trainer, pl_module))
         self.deployed_model = None
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
@@ -200,14 +201,15 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state, calls = None, gather()
         if state is None:
-            self._run, self._logged = uuid.uuid4().hex, {}
+            self._run, self._logged = from_first(uuid.uuid4().hex), {}
             self._set_phase(pl_module, _FLOAT)
             if calibrated(self.calibration, entry, calls, verbose=self.verbose) and not trains(trainer):
                 self._set_phase(pl_module, Phase(observe=False))
         else:
             self._load(pl_module, state)
+        self._join_ranks(trainer, pl_module, parameters=bool(calls) or self.calibration.equalize)
         give_to_optimizers(pl_module, trainer.optimizers)
-        self._module, self._pending = pl_module, None
+        self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
@@ -273,11 +275,14 @@ class QuantFusionCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was measured in this step, once its last batch is through."""
+        """Merge ranges over processes; log what was measured in this step, once its last batch is through."""
+        if self._ranks is not None and self._phase.observe:
+            self._ranks.end_batch()
         if self._begun is None or (pl_module.automatic_optimization and trainer.global_step == self._begun):
             return  # where gradients are accumulated the step goes on
         self._begun = None
         quantizers, phase = quantizers_of(pl_module), self._phase
+        merge_clipped(quantizers.values(), trainer.strategy.root_device)
         begun = phase.quantize and self._layers > 0
         metrics: dict[str, float] = {
             "phase": 2 if rounds_all(pl_module) else int(begun),
@@ -331,6 +336,7 @@ class QuantFusionCallback(Callback):
         self._begin_evaluation(pl_module, "predict")
 
     def _begin_evaluation(self, pl_module: pl.LightningModule, stage: str) -> None:
+        self._members = relink(pl_module, self._members)
         drop_deployed_layers(pl_module)
         if self._pending is not None and not prepared_groups(pl_module):
             rank_zero_warn(
@@ -343,11 +349,28 @@ class QuantFusionCallback(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
+        self._leave_ranks()  # of a fit that trained nothing
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
+        self._members = relink(pl_module, self._members)
         if (why := self._unfinished(pl_module)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
-            return
-        origin = self._best_checkpoint(trainer) if self.source == "best" and trains(trainer) else None
+        else:
+            best = self.source == "best" and trains(trainer)
+            choose = partial(self._best_checkpoint, trainer) if best else lambda: None
+            self._deliver_together(trainer, pl_module, choose, partial(self._deliver, trainer, pl_module, folder))
+        self._hand_over(trainer, self._entry, folder, self._example)
+
+    def _deliver(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        folder: Path,
+        origin: tuple[str, dict[str, Any]] | None,
+        statistics: dict[str, Tensor],
+    ) -> None:
+        """What each process does: `origin` or the last weights become `deployed_model`; the first one writes files."""
         twin = copy_of(pl_module)
+        give_statistics(twin, statistics)
         if origin is not None:
             twin.load_state_dict(origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
@@ -357,7 +380,6 @@ class QuantFusionCallback(Callback):
         self.deployed_model = deployed
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
             write_files(deployed.get_submodule(self._entry), folder, self.export, self._example, verbose=self.verbose)
 
@@ -382,8 +404,9 @@ class QuantFusionCallback(Callback):
         Raises:
             ConfigError: if it is not prepared or a range was never observed.
         """
-        self.deployed_model = convert_model(pl_module)
-        return self.deployed_model
+        self._members = relink(pl_module, self._members)
+        self.deployed_model = deployed = convert_model(pl_module)
+        return deployed
 
     def _best_checkpoint(self, trainer: pl.Trainer) -> tuple[str, dict[str, Any]] | None:
         """The best checkpoint of the first monitored ModelCheckpoint that was saved with quantization active."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Owns what is measured of quantizers while training: values that the grids cut off, and how far ranges drift.
 
-Values are counted in single steps, which the caller begins and ends; in all other steps a quantizer asks one attribute.
+Values are counted in single steps, which the caller begins and ends; in all other steps a quantizer asks one attribute. The
+metrics here exchange nothing between processes by themselves, which would be one exchange for each: see `ranks.merge_clipped`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def checked_interval(steps: int | None) -> int:
 def begin_count(quantizers: Iterable[ActivationQuantizer]) -> None:
     """Have these quantizers count what they clip, on top of what they have counted since `end_count`."""
     for quantizer in quantizers:
-        quantizer.clipped = quantizer.clipped or MeanMetric()
+        quantizer.clipped = quantizer.clipped or MeanMetric(sync_on_compute=False)
 
 
 def end_count(quantizers: Iterable[ActivationQuantizer]) -> dict[str, float]:
@@ -36,7 +37,7 @@ def end_count(quantizers: Iterable[ActivationQuantizer]) -> dict[str, float]:
 
     A share is taken over all values that a quantizer has rounded since `begin_count`. Empty if none has rounded any.
     """
-    shares = MeanMetric(), MaxMetric()
+    shares = MeanMetric(sync_on_compute=False), MaxMetric(sync_on_compute=False)
     for quantizer in quantizers:
         if quantizer.clipped is not None and quantizer.clipped.update_count:
             share = quantizer.clipped.compute()
@@ -70,7 +71,7 @@ def drift(before: Ranges, now: Ranges) -> float | None:
     A range with a scale for each block counts by the mean of its blocks. Those of no width or no value are left out; None if none
     is left.
     """
-    mean = MeanMetric()
+    mean = MeanMetric(sync_on_compute=False)
     for name in before.keys() & now.keys():
         width = before[name][1] - before[name][0]
         moved = (now[name] - before[name]).abs().sum(0)

@@ -80,7 +80,7 @@ def test_the_public_names_are_the_readmes() -> None:
 
 ORDER = [name.removesuffix(".py") for name in tree() if name.endswith(".py") and name != "__init__.py"]
 ONLY_IN = {
-    "lightning.pytorch": {"calibration", "callback", "capture", "delivery"},
+    "lightning.pytorch": {"calibration", "callback", "capture", "delivery", "processes"},
     "lightning.fabric": {"config"},
     "onnx": set(),
     "onnxruntime": set(),
