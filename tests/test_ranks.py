@@ -27,7 +27,7 @@ from lightning_quant.delivery import Handover, hand_over
 from lightning_quant.group import group_of
 from lightning_quant.learned import First
 from lightning_quant.prepare import load_quantizer_state, members_of, relink, restore_model
-from lightning_quant.ranks import Ranks, check_strategy, folded, from_all, interleaved, room, together
+from lightning_quant.ranks import SHARDED, Ranks, check_strategy, folded, from_all, interleaved, room, together
 
 TESTS = Path(__file__).parent
 INF = math.inf
@@ -35,13 +35,13 @@ INF = math.inf
 
 def started(folder: Path, last: str, **variables: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, TESTS / "two_processes.py", folder, last]
+    command: list[str | Path] = [sys.executable, TESTS / "two_processes.py", folder, last]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> None:
     try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
+        said = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -59,7 +59,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> dict[str, float]:
-    """Where two nested results differ, and by how much; tensors and numbers relative to the greatest."""
+    """Where two nested results differ, and by how much; tensors and numbers relative to the greatest, or to 0.1."""
     if isinstance(a, dict):
         assert set(a) == set(b), path
         return {where: how for key in a for where, how in differences(a[key], b[key], f"{path}/{key}").items()}
@@ -70,7 +70,7 @@ def differences(a: Any, b: Any, path: str = "") -> dict[str, float]:
     if isinstance(a, Tensor | float):
         x, y = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
         assert x.shape == y.shape, path
-        return {} if torch.equal(x, y) else {path: float((x - y).abs().max() / x.abs().max())}
+        return {} if torch.equal(x, y) else {path: float((x - y).abs().max() / x.abs().max().clamp(min=0.1))}
     return {} if a == b else {path: INF}
 
 
@@ -115,7 +115,7 @@ def test_learned_scales_are_trained_as_in_one_process(name: str, two: list[dict[
     """
     one = two_processes.SCENARIOS[name](tmp_path)
     found = differences(one, two[0][name])
-    assert len(one["scales"]) == 11
+    assert len(one["scales"]) == 17
     assert max(found.values()) < 2e-5, found
     start = {name: scale for name, scale in one["scales"].items() if name.endswith("weight.scale")}
     assert start
@@ -123,14 +123,13 @@ def test_learned_scales_are_trained_as_in_one_process(name: str, two: list[dict[
 
 
 @pytest.mark.parametrize("name", ["quantized", "learned at once"])
-def test_from_the_first_batch_on_a_run_stays_near_that_of_one_process(
+def test_rounded_from_the_first_batch_on_a_run_stays_near_that_of_one_process(
     name: str, two: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """Only in the forward does each process round on its own range; so deeper layers meet slightly other values."""
     one = two_processes.SCENARIOS[name](tmp_path)
-    found = {where: how for where, how in differences(one["weights"], two[0][name]["weights"]).items()}
-    assert found
-    assert max(found.values()) < 0.03, found
+    found = differences(one["weights"], two[0][name]["weights"])
+    assert 0 < max(found.values()) < 0.05, found
     if name == "quantized":
         own = one["quantizers"]["a._input_"], two[0][name]["quantizers"]["a._input_"]
         assert differences(*own) == {}, "the input of the net is rounded by nobody before"
@@ -198,7 +197,7 @@ def test_the_process_that_called_fit_has_the_deployed_model(strategy: str, tmp_p
     assert found["kind"] == "Lit"
     assert "conv1   bn1, relu1" in found["plan"]
     assert not found["handed"], "the file is read once"
-    assert found["files"] == ["last.ckpt", "model.pt2", *[name for name in found["files"] if name.startswith("epoch")]]
+    assert found["files"] == ["epoch=0-step=4.ckpt", "last.ckpt", "model.pt2"]
     assert found["kinds"] == [type(module).__name__ for module in Lit().children()], "the parent's module is float"
     saved = torch.load(tmp_path / strategy / "last.ckpt", weights_only=True)
     assert differences(dict(saved["state_dict"]), found["weights"]) == {}
@@ -258,7 +257,7 @@ def test_a_callback_can_be_pickled_whatever_it_was_given(tmp_path: Path) -> None
         "schedule": {"observe_stop": "80%", "freeze_batch_norm": "epoch 1"},
         "calibration": {"batches": 2, "equalize": True},
         "example_input": (torch.zeros(1, 3, 8, 8), {}),
-        "export": {".onnx": {"opset": 21}, ".pt2": None},
+        "export": {".onnx": {"atol": 1e-5}, ".pt2": None},
         "dirpath": tmp_path,
         "log_every_n_steps": 3,
     }
@@ -292,19 +291,9 @@ REFUSED: dict[str, Callable[[], object]] = {
 def test_strategies_that_shard_weights_are_refused_at_setup(name: str, stage: str) -> None:
     """Acceptance behaviour 15."""
     trainer: Any = type("StandIn", (), {"strategy": REFUSED[name](), "world_size": 2})()
-    why = (
-        "only a part of each weight" if name in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy") else "merged over"
-    )
+    why = "only a part of each weight" if name in SHARDED else "merged over"
     with pytest.raises(ConfigError, match=rf'strategy={name}\) is not supported: .*{why}.*Use Trainer\(strategy="ddp"\)'):
         QuantFusionCallback("int8").setup(trainer, Lit(), stage)
-
-
-def test_a_trainer_with_a_sharding_strategy_says_so_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP itself needs an accelerator, which is feigned until the callback is asked."""
-    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[QuantFusionCallback("int8")])
-    monkeypatch.setattr(type(trainer), "strategy", property(lambda _: named("FSDPStrategy")), raising=False)
-    with pytest.raises(ConfigError, match="FSDPStrategy"):
-        trainer.callbacks[-2 if trainer.checkpoint_callback else -1].setup(trainer, Lit(), "fit")
 
 
 def test_strategies_with_whole_weights_are_taken() -> None:
@@ -356,41 +345,44 @@ def test_observers_note_nothing_before_and_after() -> None:
     ranks = Ranks(model, torch.device("cpu"))
     model(torch.randn(2, 3, 8, 8))
     noting = [one for one in ranks.ranged if one.noted]
-    assert len(noting) == len(ranks.ranged) > 3
+    assert len(noting) == len(ranks.ranged) == 3
     assert not any(one.traces for one in noting), "a compiler cannot follow a list that grows"
     ranks.leave()
     model(torch.randn(2, 3, 8, 8))
     assert all(one.noted is None and one.traces for one in ranks.ranged)
 
 
-@pytest.mark.parametrize("config", [FUSED, [{"op_types": ["BatchNorm2d"]}]], ids=["member", "head"])
-def test_a_norm_put_in_the_place_of_another_takes_over_its_role(config: list[dict[str, Any]]) -> None:
+ROLES: dict[str, list[dict[str, Any]]] = {
+    "member": FUSED,
+    "head": [{"op_names": ["bn1"], "fuse_names": [("bn1", "relu1")]}, {"op_names": ["fc"]}],
+    "alone": [{"op_names": ["bn1"], "fuse_names": []}, {"op_names": ["fc"]}],
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_norm_put_in_the_place_of_another_takes_over_its_role(role: str) -> None:
+    """SyncBatchNorm in its place before a fit, another after it."""
     x = torch.randn(4, 3, 8, 8)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(Net())
-    if config is not FUSED:
-        config = [{"op_names": ["bn1"]}]
-    prepare_model(model, make_plan(model, config, example_input=x))
+    model = Net()
+    prepare_model(model, make_plan(model, ROLES[role], example_input=x))
+    model(x)
+    with torch.no_grad():
+        expected = model.eval()(x)
     members = members_of(model)
-    assert type(model.bn1).__name__ == "FusedSyncBatchNorm"
-    for norm in (model.bn1, model.bn2):
-        norm.running_mean.normal_()
-    model(x) if not torch.distributed.is_initialized() else None
-    model.eval()
-    with torch.no_grad():
-        expected = model(x)
-        twin = copy.deepcopy(model)
-    members = relink(model, members)
     assert relink(model, members) == members
-    TorchSyncBatchNorm().revert(model)
-    assert group_of(model.bn1) is None
-    relinked = relink(model, members)
-    assert relinked["bn1"] is model.bn1
-    assert type(model.bn1).__name__ == "Fused_BatchNormXd"
-    with torch.no_grad():
-        assert torch.equal(model.eval()(x), expected)
-        assert torch.equal(convert_model(model)(x), expected)
-        TorchSyncBatchNorm().revert(twin)
-        assert not torch.equal(twin.eval()(x), expected), "left alone the norm is applied twice"
+    for kind, exchange in {"SyncBatchNorm": TorchSyncBatchNorm().apply, "_BatchNormXd": TorchSyncBatchNorm().revert}.items():
+        exchange(model)
+        assert group_of(model.bn1) is None
+        twin = copy.deepcopy(model)
+        members = relink(model, members)
+        assert members["bn1"] is model.bn1
+        assert type(model.bn1).__name__.endswith(kind)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), expected)
+            assert torch.equal(convert_model(model)(x), expected)
+            assert not torch.equal(twin.eval()(x), expected), "left alone, the norm is applied twice or not rounded"
+    restore_model(model)
+    assert [type(module).__name__ for module in (model.bn1, model.bn2)] == ["_BatchNormXd"] * 2
 
 
 def test_an_exchanged_norm_is_found_by_every_stage_after_a_fit_that_broke_off(tmp_path: Path) -> None:
