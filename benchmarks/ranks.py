@@ -129,13 +129,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, Path(__file__), "--rounds", str(given.rounds), "--nets", *given.nets, "--worker", folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        first, second = (
-            subprocess.Popen([*command, rank], env=environment, stdout=subprocess.PIPE, text=True) for rank in ("0", "1")
-        )
-        assert first.stdout is not None
-        for line in first.stdout:
-            print(line, end="", flush=True)
-        if first.wait() or second.wait():
+        second = subprocess.Popen([*command, "1"], env=environment, stdout=subprocess.DEVNULL)
+        with subprocess.Popen([*command, "0"], env=environment, stdout=subprocess.PIPE, text=True) as first:
+            assert first.stdout is not None
+            for line in first.stdout:
+                print(line, end="", flush=True)
+        if second.wait() or first.returncode:
             raise SystemExit("a process failed")
 
 
