@@ -29,7 +29,7 @@ from lightning_quant.callback import QuantFusionCallback
 from lightning_quant.checkpoints import saves_alone
 from lightning_quant.config import ConfigError, closest
 from lightning_quant.convert import copy_of
-from lightning_quant.delivery import converted
+from lightning_quant.delivery import converted, unfinished
 from lightning_quant.export import ParityError, export_model, export_options
 from lightning_quant.layers import Plan
 from lightning_quant.report import summarize
@@ -74,7 +74,7 @@ class QuantTrainer(Trainer):
         options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "atol": atol}
         export_options({path.suffix: options})
         callback = self._attach(model, datamodule, checkpoint)
-        if (why := callback._unfinished(model)) is not None:
+        if (why := unfinished(model, callback._phase, callback._layers, callback.schedule)) is not None:
             raise ConfigError(f"ckpt_path: {why}, so there is nothing to export.")
         entry, example = callback._entry, callback._example
         if example is None:

@@ -26,10 +26,15 @@ class BlockQuantizer(ActivationQuantizer):
             return
         self._count()
         low, high = (side.float() for side in block_range(x, self._checked_kernel(x)))
-        if on_host(x) and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        if self.noted is not None:
+            self._note(low, high)
+        self._observe_device(low, high)
+
+    def _observe_device(self, low: Tensor, high: Tensor) -> None:
+        if on_host(low) and not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             self._warn()
             return
-        self._observe_device(low, high)
+        super()._observe_device(low, high)
 
     def _kernel(self, x: Tensor) -> tuple[int, ...]:
         kernel = self.spec.kernel(x.dim())

@@ -16,6 +16,7 @@ from lightning_quant.capture import find_calls
 from lightning_quant.config import ConfigError, check_fields
 from lightning_quant.equalize import equalize_model
 from lightning_quant.layers import Plan
+from lightning_quant.ranks import calls_of_all, share_of
 from lightning_quant.rounding import learn_rounding
 from lightning_quant.targets import is_activation
 
@@ -33,7 +34,8 @@ class Calibration:
     Args:
         equalize: equalize the channels between layers first, the float function unchanged (`equalize_model`).
         batches: with how many batches of the training data the ranges are found, in eval mode (`calibrate`). None: 32 if the
-            trainer is to train nothing (`max_epochs=0`) or a target has method `ptq`, else 0, so that training finds them.
+            trainer is to train nothing (`max_epochs=0`) or a target has method `ptq`, else 0, so that training finds them. Of
+            several processes each brings its share of that number and calibrates with all of them, as one process would.
         learn_rounding: learn for each weight whether to round it up or down (`learn_rounding`); only where nothing is trained.
         correct_biases: take the mean error of rounding out of biases (`correct_biases`).
 
@@ -113,7 +115,7 @@ def gathered(
         number = BATCHES if corrects or only or not training else 0
     if not number:
         return []
-    calls = find_calls(trainer, pl_module, entry, number)
+    calls = calls_of_all(find_calls(trainer, pl_module, entry, share_of(number)), number, trainer.strategy.root_device)
     if not isinstance(calls, str):
         return calls
     if calibration.batches is None and not corrects and not only:

@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.calibration import Calibration, calibrated, equalized, gathered, trains
@@ -33,7 +32,7 @@ from lightning_quant.checkpoints import (
 from lightning_quant.company import ParameterGroups, check_precision, stand_before_finetuning
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
-from lightning_quant.delivery import converted, write_files
+from lightning_quant.delivery import converted, unfinished, write_files
 from lightning_quant.export import export_options
 from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
@@ -47,13 +46,17 @@ from lightning_quant.prepare import (
     drop_deployed_layers,
     give_to_optimizers,
     load_quantizer_state,
+    members_of,
     prepare_model,
     prepared_groups,
     quantizer_state,
+    relink,
     restore_model,
     rounds_all,
     take_from_optimizers,
 )
+from lightning_quant.processes import ManyProcesses, give_statistics
+from lightning_quant.ranks import from_first, together
 from lightning_quant.record import moved
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
@@ -63,7 +66,7 @@ from lightning_quant.targets import uncompiled_name
 _FLOAT = Phase(observe=False, quantize=False)
 
 
-class QuantFusionCallback(Callback):
+class QuantFusionCallback(ManyProcesses):
     r"""Trains a quantized, fused model out of any LightningModule and converts it to int8 at the end of fit.
 
     In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected modules and
@@ -105,17 +108,19 @@ class QuantFusionCallback(Callback):
             `quant/range_drift` (change of the ranges since the last time, relative to their width). To the loggers alone, for
             each tensor that was rounded: `quant/signal_to_noise/conv1._output_` in dB, `quant/effective_bits/conv1.weight`
             (see monitor.py; neither where nothing was lost) and `quant/clipped/conv1._output_`. Phases are logged as they begin,
-            too. None or 0: nothing is measured. On an accelerator such a step waits for the device. What the callback was given
-            goes to the loggers once, as hyperparameters `quant/config_list`, `quant/settings`, `quant/schedule`.
+            too. Numbers are those of all processes. None or 0: nothing is measured. On an accelerator such a step waits for the
+            device. What the callback was given goes to the loggers once, as hyperparameters `quant/config_list`,
+            `quant/settings`, `quant/schedule`.
         verbose: 0 says nothing, 1 prints the plan, the phases as they begin and what was converted.
 
     Attributes:
         plan: the `Plan`, from `on_fit_start` on.
-        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then.
+        deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then. Where
+            the fit runs in processes of its own (ddp_spawn, ddp_notebook), both are there when it has returned.
 
     Raises:
-        ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `on_fit_start` for the
-            rest, before the first batch; the model is then unchanged.
+        ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `setup` for a strategy that
+            gives a process parts of weights, in `on_fit_start` for the rest, before the first batch; the model is then unchanged.
 
     Example::
 
@@ -153,8 +158,7 @@ class QuantFusionCallback(Callback):
         self.memory, self.simulate_bias = checked_memory(memory), checked_switch("simulate_bias", simulate_bias)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
-        self.plan: Plan | None = None
-        self.deployed_model: nn.Module | None = None
+        self._members: dict[str, nn.Module] = {}
         self._module: pl.LightningModule | None = None
         self.logs = Logs(log_every_n_steps)
         self.log_every_n_steps = self.logs.every
@@ -172,11 +176,7 @@ class QuantFusionCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember whose checkpoint may be restored next; a module prepared in an earlier fit takes its state at once."""
-        if stage == "fit" and trainer.world_size > 1:
-            raise ConfigError(
-                f"{type(self).__name__}: {trainer.world_size} processes would each have ranges of their own; merging them is not "
-                "built yet. Use Trainer(devices=1, num_nodes=1)."
-            )
+        super().setup(trainer, pl_module, stage)
         check_precision(trainer)
         stand_before_finetuning(trainer, self)
         self._module = pl_module if self._module is pl_module and prepared_groups(pl_module) else None
@@ -193,6 +193,7 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
     def _begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._members = relink(pl_module, self._members)
         own = self._state(pl_module) if prepared_groups(pl_module) else None
         before = self.plan
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
@@ -210,7 +211,7 @@ class QuantFusionCallback(Callback):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
-        self.plan = plan = self._make_plan(trainer, pl_module)
+        self.plan = plan = together(lambda: self._make_plan(trainer, pl_module))
         self.deployed_model = None
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
@@ -223,15 +224,16 @@ class QuantFusionCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
             state, calls = None, gather()
         if state is None:
-            self._run, self.logs.ranges = uuid.uuid4().hex, {}
+            self._run, self.logs.ranges = from_first(uuid.uuid4().hex), {}
             self._set_phase(pl_module, _FLOAT)
             if calibrated(self.calibration, entry, calls, verbose=self.verbose) and not trains(trainer):
                 self._set_phase(pl_module, Phase(observe=False))
         else:
             self._load(pl_module, state)
+        self._join_ranks(trainer, pl_module, parameters=bool(calls) or self.calibration.equalize)
         if not self._late:
             self._groups.begin(trainer, pl_module, resumed=self._pending is not None)
-        self._module, self._pending = pl_module, None
+        self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
         if not trains(trainer):  # else when training starts, after the Trainer has logged the module's own
             self._log_settings(trainer, pl_module)
 
@@ -259,9 +261,7 @@ class QuantFusionCallback(Callback):
                 graph = record_forward(scope, self._example, entry)
         plan = plan_from_graph(pl_module, self.config_list, graph, settings=self.settings, root=self.root, no_graph_because=why)
         if self._example is not None and self._entry != (self.root or ""):
-            note = (
-                f"recorded from {self._entry!r}, the first module that training_step calls; give example_input to record another"
-            )
+            note = f"recorded from {self._entry!r}, the first module that training_step calls; else give example_input"
             if plan.notes:
                 rank_zero_warn(f"{type(self).__name__}: {'; '.join(plan.notes)}; {note}")
             plan = replace(plan, notes=(*plan.notes, note))
@@ -306,7 +306,9 @@ class QuantFusionCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was measured in this step, once its last batch is through."""
+        """Merge ranges over processes; log what was measured in this step, once its last batch is through."""
+        if self._ranks is not None and self._phase.observe:
+            self._ranks.end_batch()
         self.logs.end_step(trainer, pl_module, self._phase, self._layers)
 
     @override
@@ -346,6 +348,7 @@ class QuantFusionCallback(Callback):
         self._begin_evaluation(trainer, pl_module, "predict")
 
     def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._members = relink(pl_module, self._members)
         drop_deployed_layers(pl_module)
         if self._pending is not None:
             with torch.inference_mode(False), uncompiled(pl_module):  # what is made in it could not be trained later
@@ -355,7 +358,7 @@ class QuantFusionCallback(Callback):
         """Attach to a model that was not fitted here, as it was when its checkpoint was saved."""
         restore_model(pl_module)
         try:
-            self.plan = self._make_plan(trainer, pl_module, stage, state.get("entry", ""))
+            self.plan = together(lambda: self._make_plan(trainer, pl_module, stage, state.get("entry", "")))
             self._prepare(pl_module, self.plan)
             self._load(pl_module, state)
         except ConfigError as error:
@@ -364,11 +367,9 @@ class QuantFusionCallback(Callback):
                 f"the quantizers of the checkpoint cannot be attached for {stage}: {error} If this {stage} calls the model in "
                 "another way than training did, give example_input. Without this callback the float model is shown."
             ) from error
-        self._module, self._pending = pl_module, None
+        self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
         if not rounds_all(pl_module):
-            rank_zero_warn(
-                f"{type(self).__name__}: this checkpoint was saved before everything was quantized; {stage} shows it so."
-            )
+            rank_zero_warn(f"{type(self).__name__}: the checkpoint is from before everything was quantized; {stage} shows it so.")
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -376,38 +377,37 @@ class QuantFusionCallback(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
         saves_alone(pl_module)
-        if (why := self._unfinished(pl_module)) is not None:
+        self._leave_ranks()  # of a fit that trained nothing
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
+        self._members = relink(pl_module, self._members)
+        if (why := unfinished(pl_module, self._phase, self._layers, self.schedule)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
-            return
-        best = self.source == "best" and trains(trainer)
-        origin = best_checkpoint(trainer, self.state_key, self._run) if best else None
+        else:
+            best = self.source == "best" and trains(trainer)
+            choose = partial(best_checkpoint, trainer, self.state_key, self._run) if best else lambda: None
+            self._deliver_together(trainer, pl_module, choose, partial(self._deliver, trainer, pl_module, folder))
+        self._hand_over(trainer, self._entry, folder, self._example)
+
+    def _deliver(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        folder: Path,
+        origin: tuple[str, dict[str, Any]] | None,
+        statistics: dict[str, Tensor],
+    ) -> None:
+        """What each process does: `origin` or the last weights become `deployed_model`; the first one writes files."""
         twin = made_permanent(copy_of(pl_module))
+        give_statistics(twin, statistics)
         if origin is not None:
             load_weights(twin, origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
         self.deployed_model = deployed = converted(twin, self._entry, self._example)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
-            write_files(
-                deployed.get_submodule(uncompiled_name(self._entry)), folder, self.export, self._example, verbose=self.verbose
-            )
-
-    def _unfinished(self, pl_module: pl.LightningModule) -> str | None:
-        """Why there is nothing to convert: eval mode would not show what is shipped."""
-        groups, blind = len(prepared_groups(pl_module)), unobserved(pl_module)
-        if not self._phase.quantize or not self._layers:
-            return "no quantized training step was run"
-        if blind:
-            return f"no range was observed for {', '.join(blind)} (in eval mode while training, or never called)"
-        if rounds_all(pl_module):
-            return None
-        if self._layers < groups:
-            moment = f"progressive={self.schedule.progressive!r}"
-            return f"only {self._layers} of {groups} layers were quantized by the end ({moment}; let it come earlier)"
-        moment = f"activations_start={self.schedule.activations_start!r}"
-        return f"only weights were quantized by the end ({moment}; let activations start earlier)"
+            written = deployed.get_submodule(uncompiled_name(self._entry))
+            write_files(written, folder, self.export, self._example, verbose=self.verbose)
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.
@@ -415,8 +415,9 @@ class QuantFusionCallback(Callback):
         Raises:
             ConfigError: if it is not prepared or a range was never observed.
         """
-        self.deployed_model = convert_model(pl_module)
-        return self.deployed_model
+        self._members = relink(pl_module, self._members)
+        self.deployed_model = deployed = convert_model(pl_module)
+        return deployed
 
     # -- state: plain numbers, tensors and strings, so that checkpoints load with weights_only=True -----------------------
 
@@ -472,6 +473,7 @@ class QuantFusionCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module's own hook; whoever saves a checkpoint now saves a whole one."""
+        super().on_exception(trainer, pl_module, exception)
         saves_alone(pl_module)
         self._groups.put_back(trainer, pl_module)
 

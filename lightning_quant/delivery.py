@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import io
+import os
+import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.convert import convert_model
+from lightning_quant.convert import convert_model, unobserved
 from lightning_quant.export import ParityError, export_model
+from lightning_quant.prepare import prepared_groups, rounds_all
 from lightning_quant.record import copied, split_example, undisturbed
+from lightning_quant.schedule import Phase, Schedule
 from lightning_quant.targets import tensors_in, uncompiled_name
 
 
@@ -32,6 +39,46 @@ def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
     if example is not None:
         check_conversion(prepared.get_submodule(entry), deployed.get_submodule(uncompiled_name(entry)), example)
     return deployed
+
+
+class Handover:
+    """What the process that trained hands to the one that called fit (ddp_spawn, ddp_notebook): a file, read once.
+
+    Nothing else that the callback learns while training comes back from there. `path` is made up before the processes part.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.gettempdir()) / f"lightning_quant-{uuid.uuid4().hex}.pt"
+        self.waiting = True  # whether a fit may have ended elsewhere; not so where this process fits
+
+    def give(self, **parts: Any) -> dict[str, str]:
+        """Write the file. Of parts that cannot be pickled nothing is handed over; returns the reasons, by name."""
+        content, failed = {}, {}
+        for name, part in parts.items():
+            buffer = io.BytesIO()
+            try:
+                torch.save(part, buffer)
+                content[name] = buffer.getvalue()
+            except Exception as error:  # noqa: BLE001  (pickle raises many kinds)
+                failed[name] = f"{type(error).__name__}: {error}"
+        partial = self.path.with_suffix(f".{os.getpid()}")
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            torch.save(content, file)
+        partial.replace(self.path)
+        return failed
+
+    def take(self) -> dict[str, Any]:
+        """The parts, if a fit has ended elsewhere since; the file is gone then."""
+        if not self.waiting or not self.path.is_file():
+            return {}
+        content = torch.load(self.path, weights_only=True)
+        self.path.unlink()
+        return {name: torch.load(io.BytesIO(part), map_location="cpu", weights_only=False) for name, part in content.items()}
+
+
+def fits_elsewhere(trainer: pl.Trainer) -> bool:
+    """Whether this process was started for the fit and is gone after it, while another one called fit."""
+    return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(trainer.strategy.launcher).__mro__)
 
 
 def check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:
@@ -63,6 +110,42 @@ def check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def hand_over(handover: Handover, plan: Any, deployed: nn.Module | None, entry: str, folder: Path, example: Any) -> None:
+    """Hand plan and deployed model to the process that called fit; a model that cannot be pickled by a file, `model.pt2`.
+
+    `entry`: the name of the module that the file holds, called with `example`.
+    """
+    failed = handover.give(plan=plan, deployed=deployed)
+    if "deployed" not in failed:
+        return
+    rank_zero_warn(
+        f"QuantFusionCallback: the deployed model cannot be pickled ({failed['deployed']}); in the process that called fit, "
+        f"deployed_model is what {folder / 'model.pt2'} holds."
+    )
+    assert deployed is not None
+    write_files(deployed.get_submodule(entry), folder, {".pt2": {}}, example, verbose=0)
+    handover.give(plan=plan, file=str(folder / "model.pt2"))
+
+
+def unfinished(model: nn.Module, phase: Phase, layers: int, schedule: Schedule) -> str | None:
+    """Why a prepared model is not to be converted, None if it is: eval mode would not show what is shipped.
+
+    `phase`: that in which training ended, with `layers` of its layers.
+    """
+    groups, blind = len(prepared_groups(model)), unobserved(model)
+    if not phase.quantize or not layers:
+        return "no quantized training step was run"
+    if blind:
+        return f"no range was observed for {', '.join(blind)} (in eval mode while training, or never called)"
+    if rounds_all(model):
+        return None
+    if layers < groups:
+        moment = f"progressive={schedule.progressive!r}"
+        return f"only {layers} of {groups} layers were quantized by the end ({moment}; let it come earlier)"
+    moment = f"activations_start={schedule.activations_start!r}"
+    return f"only weights were quantized by the end ({moment}; let activations start earlier)"
 
 
 def write_files(model: nn.Module, folder: Path, formats: Mapping[str, Mapping[str, Any]], example: Any, *, verbose: int) -> None:

@@ -134,6 +134,18 @@ class Group:
         """The layer that replaces the group after training, from its numbers as they are now; owns all its tensors."""
         raise NotImplementedError
 
+    def exchange(self, old: nn.Module, new: nn.Module) -> None:
+        """Have `new`, which has taken the place of the member `old` in the model, be the member."""
+        role = type(old).__dict__["_made_from"][0]
+        leave(old)
+        join(self, new, role)
+        for key, value in vars(self).items():
+            if value is old:
+                setattr(self, key, new)
+            elif isinstance(value, list):
+                value[:] = [new if one is old else one for one in value]
+        self.deployed, self.deployed_from = None, ([], [], [])
+
     def read(self, key: Any) -> None:
         """Count that an input was read whose range may be another layer's, in this pass."""
         if key in self.shares and not self.again:

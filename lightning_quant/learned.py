@@ -8,6 +8,8 @@ from the first batch. Zero points are integers, because runtimes have no others:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +56,33 @@ class _LearnedGrid(torch.autograd.Function):
         return inside, by_scale, by_offset, None, None, None
 
 
+@dataclass(frozen=True)
+class First:
+    """What a grid begins from: mean absolute value, number of values, least and greatest of them."""
+
+    size: float
+    count: int
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, x: Tensor) -> First:
+        """Of a batch, float32."""
+        return cls(float(x.abs().mean()), x.numel(), float(x.amin()), float(x.amax()))
+
+    @classmethod
+    def of_all(cls, parts: Sequence[First]) -> First:
+        """Of a batch that came in parts."""
+        count = sum(part.count for part in parts)
+        size = sum(part.size * part.count for part in parts) / count
+        return cls(size, count, min(part.least for part in parts), max(part.greatest for part in parts))
+
+    @property
+    def furthest(self) -> float:
+        """The greatest absolute value."""
+        return max(-self.least, self.greatest)
+
+
 class LearnedActivation(ActivationQuantizer):
     """What quantizers with a scale of their own have in common: `_start` sets it by the first batch, no later one moves it."""
 
@@ -85,24 +114,44 @@ class LearnedActivation(ActivationQuantizer):
         x = x.detach().float()
         if not bool(torch.isfinite(x).all()):
             self._warn()
+            if self.noted is not None:
+                self.noted.append(None)
             return
-        x = x.clamp(self.floor, self.cap) if self.rectified else x
-        if not bool(x.any()):
+        first = First.of(x.clamp(self.floor, self.cap) if self.rectified else x)
+        if self.noted is not None:
+            self.noted.append(first)
+        self._begin(first, x.device)
+
+    def _begin(self, first: First, device: torch.device) -> None:
+        if not first.furthest:
             return
         with torch.no_grad():
             for parameter in self.learned.values():
-                parameter.data = parameter.data.to(x.device)
-            self._start(x)
+                parameter.data = parameter.data.to(device)
+            self._start(first)
         self.started = True
         self.changes += 1
 
-    def _start(self, x: Tensor) -> None:
+    def begin_together(self, processes: Sequence[Sequence[First | None]], device: torch.device) -> bool:
+        """Begin from what all processes have noted in place of what this one has; whether there was something to begin from.
+
+        The first call of the layer in which no process met NaN or infinity, and one met more than zeros, is what counts.
+        """
+        self.started, self.noted = False, []
+        for call in range(max(map(len, processes), default=0)):
+            parts = [noted[call] for noted in processes if len(noted) > call]
+            whole = [part for part in parts if part is not None]
+            if not self.started and len(whole) == len(parts):
+                self._begin(First.of_all(whole), device)
+        return self.started
+
+    def _start(self, first: First) -> None:
         """Begin from a batch that holds more than zeros."""
         raise NotImplementedError
 
-    def _zero_for(self, x: Tensor) -> int:
+    def _zero_for(self, first: First) -> int:
         """The zero point for a first batch: the grid's middle where it has to be symmetric about zero, else its least level."""
-        signed = self.spec.scheme == "symmetric" or (not self.absorbs and bool((x < 0).any()))
+        signed = self.spec.scheme == "symmetric" or (not self.absorbs and first.least < 0)
         return (self.spec.qmax + self.spec.qmin + 1) // 2 if signed else self.spec.qmin
 
     def _bound(self) -> None:
@@ -181,9 +230,9 @@ class LsqActivation(LearnedActivation):
         """The scale."""
         return {"scale": self.scale}
 
-    def _start(self, x: Tensor) -> None:
-        self.zero_point = self._zero_for(x)
-        self.scale.fill_(2 * float(x.abs().mean()) / math.sqrt(self.spec.qmax - self.zero_point))
+    def _start(self, first: First) -> None:
+        self.zero_point = self._zero_for(first)
+        self.scale.fill_(2 * first.size / math.sqrt(self.spec.qmax - self.zero_point))
 
     def _bound(self) -> None:
         self.scale.data.clamp_(min=MIN_SCALE)  # past autograd's version counter: a layer may run twice in one forward
@@ -222,8 +271,8 @@ class LsqPlusActivation(LsqActivation):
         """Scale, and the offset where it moves."""
         return {**super().learned, "offset": self.offset} if self.moves else super().learned
 
-    def _start(self, x: Tensor) -> None:
-        scale, self.zero_point = affine_range(float(x.amin()), float(x.amax()), self.spec)
+    def _start(self, first: First) -> None:
+        scale, self.zero_point = affine_range(first.least, first.greatest, self.spec)
         self.scale.fill_(scale)
         self.offset.fill_(-self.zero_point * scale)
 
@@ -273,9 +322,9 @@ class PactActivation(LearnedActivation):
         """The clipping level."""
         return {"alpha": self.alpha}
 
-    def _start(self, x: Tensor) -> None:
-        self.zero_point = self._zero_for(x)
-        self.alpha.fill_(float(x.abs().amax()))
+    def _start(self, first: First) -> None:
+        self.zero_point = self._zero_for(first)
+        self.alpha.fill_(first.furthest)
 
     def _bound(self) -> None:
         self.alpha.data.clamp_(min=MIN_SCALE * (self.spec.qmax - self.zero_point))

@@ -48,8 +48,7 @@ class Histogram:
 
         On an accelerator the values are counted there, and the host waits for the counts.
         """
-        self.least, self.greatest = min(self.least, low), max(self.greatest, high)
-        self._grow()
+        self.cover(low, high)
         index = torch.div(x, self.width).floor_().sub_(self.first).to(torch.int64).flatten()
         self.counts += torch.bincount(index, minlength=BINS).cpu()
         zeros = int((x == 0).sum())
@@ -65,12 +64,31 @@ class Histogram:
         exponent = max(self.exponent, math.frexp(high - low)[1] - BINS.bit_length() + 1)
         while math.floor(high / math.ldexp(1.0, exponent)) - math.floor(low / math.ldexp(1.0, exponent)) >= BINS:
             exponent += 1
-        first = math.floor(low / math.ldexp(1.0, exponent))
+        self._move_to(exponent, math.floor(low / math.ldexp(1.0, exponent)))
+
+    def _move_to(self, exponent: int, first: int) -> None:
+        """Have bins 2^exponent wide, `first` being the number of the first; they cover what is counted."""
         if (exponent, first) != (self.exponent, self.first):
             (held,) = self.counts.nonzero(as_tuple=True)
             merged = torch.div(held + self.first, 2 ** min(exponent - self.exponent, 62), rounding_mode="floor") - first
             self.counts = torch.zeros_like(self.counts).index_add_(0, merged, self.counts[held])
             self.exponent, self.first = exponent, first
+
+    def cover(self, low: float, high: float) -> None:
+        """Have the bins that values from `low` to `high` call for, too."""
+        self.least, self.greatest = min(self.least, low), max(self.greatest, high)
+        self._grow()
+
+    def counts_in(self, bins: Histogram) -> Tensor:
+        """What is counted, in the bins of a histogram that covers it, and the number of zeros behind them: int64 (BINS + 1,)."""
+        self._move_to(bins.exponent, bins.first)
+        return torch.cat([self.counts, torch.tensor([self.zeros])])
+
+    def take(self, counts: Tensor, batches: int) -> None:
+        """Count what `counts_in` gave, which makes so many batches."""
+        self.counts += counts[:-1]
+        self.zeros += int(counts[-1])
+        self.batches += batches
 
     def edges(self) -> Tensor:
         """The ends of the bins, float64 (BINS + 1,)."""
@@ -343,6 +361,7 @@ class HistogramQuantizer(ActivationQuantizer):
         self.searched = 0  # how many batches `lagging` speaks for
         self._whole: tuple[int, float, float] | None = None  # how many batches there were, and their range
         self._collapsed = False
+        self.fresh = Histogram()  # of several processes: what this one observed since they last met
 
     @property
     def batches(self) -> int:
@@ -351,8 +370,8 @@ class HistogramQuantizer(ActivationQuantizer):
 
     @property
     def ready(self) -> bool:
-        """Whether a batch counts."""
-        return self.batches > 0
+        """Whether a batch counts; of several processes, this one's first batch does before they meet."""
+        return self.batches > 0 or self.lagging is not None
 
     @property
     def traces(self) -> bool:
@@ -374,28 +393,51 @@ class HistogramQuantizer(ActivationQuantizer):
         low, high = float(x.amin()), float(x.amax())
         if not (math.isfinite(low) and math.isfinite(high)):
             self._warn()
+            if self.noted is not None:
+                self.noted.append((-math.inf, math.inf))
             return
         if self.rectified:
             x, (low, high) = x.clamp(self.floor, self.cap), (min(max(side, self.floor), self.cap) for side in (low, high))
-        self.observer.observe(x, low, high)
         self._count()
+        if self.noted is None:
+            self.observer.observe(x, low, high)
+            return
+        self.noted.append((low, high))
+        self.fresh.add(x, low, high)
+        if not self.batches:
+            alone = OBSERVERS[kind_of_observer(self.spec.observer)](self.spec)
+            alone.histogram = self.fresh
+            self.lagging = self._range_of(alone)
+
+    def count_together(self, counts: Tensor, batches: int) -> None:
+        """Count what all processes have observed since they last met, in the bins of the histogram; none is a batch left out."""
+        if self.noted is not None:
+            self.noted, self.fresh = [], Histogram()
+        if not self.searched:
+            self.lagging = None
+        if batches:
+            self.observer.histogram.take(counts, batches)
+            self.changes += 1
 
     def _search(self) -> tuple[float, float]:
         """The range of all batches; looked for once."""
         if self._whole is None or self._whole[0] != self.batches:
-            low, high = self.observer.range()
-            h = self.observer.histogram
-            if low == high == 0 and h.least < h.greatest:
-                low, high = h.least, h.greatest
-                if not self._collapsed:
-                    self._collapsed = True
-                    warnings.warn(
-                        f"{self.name}: {self.spec.observer} leaves the range [0, 0], because so many of its values are 0; the "
-                        "least and the greatest value are used instead. Take a higher percentile or another observer.",
-                        stacklevel=4,
-                    )
-            self._whole = self.batches, low, high
+            self._whole = self.batches, *self._range_of(self.observer)
         return self._whole[1:]
+
+    def _range_of(self, observer: HistogramObserver) -> tuple[float, float]:
+        low, high = observer.range()
+        h = observer.histogram
+        if low == high == 0 and h.least < h.greatest:
+            low, high = h.least, h.greatest
+            if not self._collapsed:
+                self._collapsed = True
+                warnings.warn(
+                    f"{self.name}: {self.spec.observer} leaves the range [0, 0], because so many of its values are 0; the "
+                    "least and the greatest value are used instead. Take a higher percentile or another observer.",
+                    stacklevel=4,
+                )
+        return low, high
 
     def _update(self) -> None:
         """Have `low` and `high` be what this pass is to use."""
@@ -422,7 +464,7 @@ class HistogramQuantizer(ActivationQuantizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The range of all batches, None before the first; the observer's counts and the range that training uses."""
-        low, high = self._search() if self.ready else (None, None)
+        low, high = self._search() if self.batches else (None, None)
         return {
             "low": low,
             "high": high,

@@ -176,7 +176,12 @@ def is_head(module: nn.Module) -> bool:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is a batch norm with the forward of torch's own."""
-    return any(is_kind(module, cls) for cls in NORMS)
+    return any(is_kind(module, cls) for cls in NORMS) or _takes_any_dims(module)
+
+
+def _takes_any_dims(module: nn.Module) -> bool:
+    """Whether it is a batch norm that leaves the number of dimensions open: what Lightning puts back for a SyncBatchNorm."""
+    return is_kind(module, BatchNorm) and not isinstance(module, NORMS)
 
 
 def is_add(module: nn.Module) -> bool:
@@ -187,7 +192,7 @@ def is_add(module: nn.Module) -> bool:
 def is_norm_for(module: nn.Module, head: nn.Module) -> bool:
     """Whether `module` normalises what `head` makes: the batch norm of its dimensions, SyncBatchNorm, or a user's norm."""
     wanted = next((norm for cls, norm in HEADS.items() if isinstance(head, cls)), None)
-    if wanted is not None and (is_kind(module, wanted) or is_kind(module, nn.SyncBatchNorm)):
+    if wanted is not None and (is_kind(module, wanted) or is_kind(module, nn.SyncBatchNorm) or _takes_any_dims(module)):
         return True
     return any(_is(head, row.head) and row.affine is not None and _is(module, row.norm) for row in USER_ROWS)
 

@@ -33,7 +33,7 @@ from lightning_quant.layers import LayerPlan, Plan
 from lightning_quant.learned import ACTIVATION_METHODS
 from lightning_quant.methods import weight_quantizer_kind
 from lightning_quant.observers import OBSERVERS, HistogramQuantizer
-from lightning_quant.patterns import clamp_of
+from lightning_quant.patterns import BatchNorm, clamp_of
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.record import moved
 from lightning_quant.schedule import Phase
@@ -301,6 +301,30 @@ def restore_model(model: nn.Module) -> nn.Module:
             if _SAVED + switch in module.__dict__:
                 module.__dict__[switch] = module.__dict__.pop(_SAVED + switch)
     return model
+
+
+def members_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The members of a prepared model's layers, by name."""
+    return {name: module for name, module in model.named_modules() if group_of(module) is not None}
+
+
+def relink(model: nn.Module, members: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The members as they are now: a batch norm that was exchanged for another takes over its role.
+
+    Lightning puts SyncBatchNorm in the place of batch norms before a fit and something like the batch norm back after it. Both
+    are new modules around the same parameters; left so, what is folded into the layer before would be applied again.
+
+    Args:
+        model: prepared.
+        members: `members_of` this model before.
+    """
+    modules, found = dict(model.named_modules()), dict(members)
+    for name, old in members.items():
+        new, group = modules.get(name, old), group_of(old)
+        if new is not old and group is not None and group_of(new) is None and isinstance(new, BatchNorm):
+            group.exchange(old, new)
+            found[name] = new
+    return found
 
 
 def prepared_groups(model: nn.Module) -> dict[str, tuple[nn.Module, Group]]:

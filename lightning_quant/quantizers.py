@@ -245,6 +245,8 @@ class ActivationQuantizer:
         self.settled = False  # whether this pass leaves the range alone; what lags behind the batches (observers.py) can tell
         # Set for the passes that are measured: shown what came, what became of it and whether the pass is one of training.
         self.meter: Callable[[Tensor, Tensor, bool], None] | None = None
+        self.noted: list[Any] | None = None  # of several processes: what this one observed since they last met (ranks.py)
+        self._unmoved: tuple[Any, ...] = ()  # the range before the first of these
         # With z in the middle of the grid the clamp cannot be the ReLU, nor where clipping shall not stop the gradient.
         self.absorbs = rectified and spec.scheme == "affine" and spec.apply_method != "clamp_round"
         self._warned = False
@@ -262,7 +264,7 @@ class ActivationQuantizer:
     @property
     def traces(self) -> bool:
         """Whether torch.compile can follow this quantizer now, its numbers being tensors then."""
-        return self.meter is None and self.averaged is None
+        return self.meter is None and self.averaged is None and self.noted is None
 
     @property
     def momentum(self) -> float:
@@ -290,10 +292,38 @@ class ActivationQuantizer:
         cut = self.rectified and self.floor == 0.0  # nothing below it counts
         if on_host(x):
             low, high = (0.0, x.amax()) if cut else x.aminmax()
-            self._observe_host(float(low), float(high))
+            ends = float(low), float(high)
+            if self.noted is not None:
+                self._note(*ends)
+            self._observe_host(*ends)
         else:
             greatest = x.amax()
-            self._observe_device((greatest.new_zeros(()) if cut else x.amin()).float(), greatest.float())
+            least = (greatest.new_zeros(()) if cut else x.amin()).float()
+            if self.noted is not None:
+                self._note(least, greatest.float())
+            self._observe_device(least, greatest.float())
+
+    def _note(self, low: float | Tensor, high: float | Tensor) -> None:
+        """Keep the ends of a batch, and the range before the first of them, until the processes meet."""
+        assert self.noted is not None
+        if not self.noted:
+            self._unmoved = self.low, self.high, self.young
+        self.noted.append((low, high))
+
+    def move_together(self, batches: Sequence[tuple[Any, Any]]) -> None:
+        """Move the range by these (least, greatest) in place of what this process has noted: those of all processes' values.
+
+        They are numbers or tensors, as this quantizer notes them.
+        """
+        if self.noted:
+            self.low, self.high, self.young = self._unmoved
+        self.noted = []
+        for low, high in batches:
+            self.changes += 1
+            if isinstance(low, Tensor):
+                self._observe_device(low, high)
+            else:
+                self._observe_host(low, high)
 
     def _observe_host(self, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high)):

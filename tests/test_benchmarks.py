@@ -9,6 +9,7 @@ import sys
 import eval_time
 import memory
 import pytest
+import ranks
 import step_time
 import torch
 from lanes import LANES, present
@@ -82,6 +83,16 @@ def test_step_time_measures_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_quartiles_are_of_the_ratios_round_by_round() -> None:
     assert step_time.quartiles_of_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == [1.5, 2.0, 2.5]
+
+
+def test_two_processes_print_what_merging_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks.main(["--nets", "mlp", "--rounds", "2"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]
+    assert [row[18:42].strip() for row in rows] == list(ranks.TITLES.values())
+    numbers = [row[42:].split() for row in rows]
+    assert [int(row[0]) for row in numbers] == [0, 8, 8]
+    assert [float(row[3]) > 0 for row in numbers] == [False, False, True]
+    assert [len(row) for row in numbers] == [4, 7, 10]
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------

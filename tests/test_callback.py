@@ -741,12 +741,6 @@ def test_convert_by_hand_after_an_exception(quiet_trainer: TrainerMaker) -> None
     assert torch.equal(deployed(X), evaluate(model))
 
 
-def test_several_processes_are_refused_at_setup(quiet_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ConfigError, match=r"2 processes would each have ranges of their own.*devices=1"):
-        fit(quiet_trainer, Lit(), QuantFusionCallback(FUSED))
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precisions(precision: Any, quiet_trainer: TrainerMaker) -> None:
     model, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)

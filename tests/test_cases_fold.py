@@ -615,12 +615,6 @@ def test_a14_sync_batch_norm_is_fused_and_stays_one(made_by: str, quiet_trainer:
         assert_same(folded(x), expected)
 
 
-def test_a14_more_than_one_process_is_refused(quiet_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ConfigError, match="2 processes would each have ranges of their own"):
-        quiet_trainer(callbacks=[QuantFusionCallback("int8")], max_epochs=1).fit(Synced(), loader(), loader(16))
-
-
 WEIGHTED: dict[str, tuple[nn.Module, Tensor, str, int]] = {
     "Conv1d": (nn.Conv1d(64, 4, 9), torch.randn(2, 64, 20), "conv1d", 0),
     "ConvReLU1d": (nn.Sequential(nn.Conv1d(64, 4, 9), nn.ReLU()), torch.randn(2, 64, 20), "conv1d", 0),

@@ -128,7 +128,7 @@ def test_an_evaluation_that_cannot_be_recorded_says_what_to_do(quiet_trainer: Tr
 def test_a_checkpoint_of_an_unquantized_phase_is_said(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no quantized training step was run"):
         trained = saved(quiet_trainer, tmp_path / "a.ckpt", schedule={"quantize_start": "epoch 3"})
-    with pytest.warns(UserWarning, match="saved before everything was quantized; test shows it so"):
+    with pytest.warns(UserWarning, match="from before everything was quantized; test shows it so"):
         result = run(quiet_trainer(callbacks=[quiet()]), "test", Lit(), tmp_path / "a.ckpt")
     assert result == run(quiet_trainer(), "test", trained, None)
 

@@ -80,7 +80,17 @@ def test_the_public_names_are_the_readmes() -> None:
 
 ORDER = [name.removesuffix(".py") for name in tree() if name.endswith(".py") and name != "__init__.py"]
 ONLY_IN = {
-    "lightning.pytorch": {"__main__", "calibration", "callback", "capture", "checkpoints", "company", "delivery", "logs"},
+    "lightning.pytorch": {
+        "__main__",
+        "calibration",
+        "callback",
+        "capture",
+        "checkpoints",
+        "company",
+        "delivery",
+        "logs",
+        "processes",
+    },
     "lightning.fabric": {"config"},
     "matplotlib": {"summary"},
     "onnx": set(),
