@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_callback import Inner, Scripted, evaluate, fit, keeper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from toys import FUSED, Lit, fingerprint, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback
@@ -392,7 +393,6 @@ def test_a_resume_in_mid_epoch_with_a_stateful_loader_is_bitwise(
     config_list: Any, quiet_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
     """The loader knows where it was; finding the example input in it must not move it."""
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
 
     def trained(steps: int, path: Path | None = None) -> list[Any]:
         torch.manual_seed(0)
@@ -401,7 +401,7 @@ def test_a_resume_in_mid_epoch_with_a_stateful_loader_is_bitwise(
         options: dict[str, Any] = {"enable_checkpointing": True, "max_steps": steps}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(exists and is not empty|mid-epoch|set_vital).*")
-            data = stateful.StatefulDataLoader(loader(128).dataset, batch_size=8, shuffle=True, generator=order)
+            data = StatefulDataLoader(loader(128).dataset, batch_size=8, shuffle=True, generator=order)
             trainer = fit(quiet_trainer, model, quiet(config_list), -1, more=[saver], data=data, ckpt_path=path, **options)
         return everything(trainer, model)
 
