@@ -193,7 +193,7 @@ class QuantFusionCallback(ManyProcesses):
             rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
 
     def _begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._members = relink(pl_module, self._members)
+        self._relink(pl_module)
         own = self._state(pl_module) if prepared_groups(pl_module) else None
         before = self.plan
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
@@ -240,6 +240,9 @@ class QuantFusionCallback(ManyProcesses):
     def _log_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         given = {"config_list": self.config_list, "settings": self.settings, "schedule": dict(vars(self.schedule))}
         self.logs.settings(trainer, pl_module, given)
+
+    def _relink(self, pl_module: nn.Module) -> None:
+        self._members = relink(pl_module, self._members) if self._module is pl_module else {}
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
@@ -348,7 +351,7 @@ class QuantFusionCallback(ManyProcesses):
         self._begin_evaluation(trainer, pl_module, "predict")
 
     def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._members = relink(pl_module, self._members)
+        self._relink(pl_module)
         drop_deployed_layers(pl_module)
         if self._pending is not None:
             with torch.inference_mode(False), uncompiled(pl_module):  # what is made in it could not be trained later
@@ -379,7 +382,7 @@ class QuantFusionCallback(ManyProcesses):
         saves_alone(pl_module)
         self._leave_ranks()  # of a fit that trained nothing
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
-        self._members = relink(pl_module, self._members)
+        self._relink(pl_module)
         if (why := unfinished(pl_module, self._phase, self._layers, self.schedule)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
         else:
@@ -415,7 +418,7 @@ class QuantFusionCallback(ManyProcesses):
         Raises:
             ConfigError: if it is not prepared or a range was never observed.
         """
-        self._members = relink(pl_module, self._members)
+        self._relink(pl_module)
         self.deployed_model = deployed = convert_model(pl_module)
         return deployed
 

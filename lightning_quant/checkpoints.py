@@ -149,7 +149,7 @@ def saves_alone(module: LightningModule) -> None:
 def best_checkpoint(trainer: Trainer, key: str, run: str) -> tuple[str, dict[str, Any]] | None:
     """(path, content) of the best checkpoint of the first monitored ModelCheckpoint that this run saved quantized.
 
-    None without such a ModelCheckpoint, and, with a warning, without such a checkpoint.
+    None without such a ModelCheckpoint or such a checkpoint. Warns where there is a better one from before, or none at all.
     """
     monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
     if not monitored:
@@ -157,15 +157,24 @@ def best_checkpoint(trainer: Trainer, key: str, run: str) -> tuple[str, dict[str
     keeper = monitored[0]
     ranked = sorted(keeper.best_k_models.items(), key=lambda item: float(item[1]), reverse=keeper.mode == "max")
     paths = [path for path, _ in ranked] or [keeper.best_model_path]
+    early: list[int] = []  # epochs whose checkpoints are better, but not of the quantized model
+    found: tuple[str, dict[str, Any]] | None = None
     for path in filter(os.path.isfile, paths):
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # this run wrote it
         state = checkpoint.get("callbacks", {}).get(key)
-        if not state or state["run"] != run or not state.get("rounds_all", state["phase"]["quantize"]):
+        if not state or state["run"] != run:
             continue
-        if is_complete(state["quantizers"]):
-            return path, checkpoint
-    rank_zero_warn(
-        f"{key}: no checkpoint of {type(keeper).__name__}(monitor={keeper.monitor!r}) was saved with quantization active, so the "
-        "last weights are converted. Let quantization start earlier, or keep more checkpoints (save_top_k)."
-    )
-    return None
+        if state.get("rounds_all", state["phase"]["quantize"]) and is_complete(state["quantizers"]):
+            found = path, checkpoint
+            break
+        early.append(checkpoint["epoch"])
+    if found is None or early:
+        which = "none was saved by this fit with everything quantized"
+        if early:
+            which = f"the best, of epoch {early[0]}, was saved before everything was quantized"
+        instead = "the last weights are converted" if found is None else f"that of epoch {found[1]['epoch']} is converted"
+        rank_zero_warn(
+            f"{key}: of the checkpoints of {type(keeper).__name__}(monitor={keeper.monitor!r}) {which}, so {instead}. Let "
+            "quantization start earlier, or keep more checkpoints (save_top_k)."
+        )
+    return found

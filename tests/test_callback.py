@@ -508,7 +508,8 @@ def test_best_skips_checkpoints_from_before_quantization(quiet_trainer: TrainerM
     callback = QuantFusionCallback(FUSED, schedule={"quantize_start": "epoch 2"}, verbose=0)
     options: dict[str, Any] = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
     model = Scripted()
-    fit(quiet_trainer, model, callback, 3, more=[keeper(tmp_path, save_top_k=-1)], **options)
+    with pytest.warns(UserWarning, match="the best, of epoch 1, was saved before .* so that of epoch 2 is converted. Let quant"):
+        fit(quiet_trainer, model, callback, 3, more=[keeper(tmp_path, save_top_k=-1)], **options)
     assert callback.deployed_model is not None
     assert torch.equal(callback.deployed_model(X), evaluate(model)), "epoch 2 is the only quantized one"
 
@@ -516,9 +517,8 @@ def test_best_skips_checkpoints_from_before_quantization(quiet_trainer: TrainerM
 def test_best_without_our_state_falls_back_to_last_aloud(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
     callback = QuantFusionCallback(FUSED, schedule={"quantize_start": "epoch 2"}, verbose=0)
     model = Scripted()
-    with pytest.warns(
-        UserWarning, match=r"monitor='score'\) was saved with quantization active, so the last weights are converted"
-    ):
+    said = r"monitor='score'\) the best, of epoch 1, was saved before everything was quantized, so the last weights are converted"
+    with pytest.warns(UserWarning, match=said):
         fit(quiet_trainer, model, callback, 3, more=[keeper(tmp_path)], enable_checkpointing=True, num_sanity_val_steps=0)
     assert callback.deployed_model is not None
     assert torch.equal(callback.deployed_model(X), evaluate(model))

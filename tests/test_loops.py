@@ -61,7 +61,7 @@ def test_before_fit_it_is_the_float_model_and_afterwards_the_deployed_one(
     float_twin = copy.deepcopy(model)
     trainer = quiet_trainer(max_epochs=1, callbacks=[callback])
     assert shown(trainer, model, stage) == shown(quiet_trainer(), float_twin, stage)
-    assert vars(callback)["deployed_model"] is None
+    assert vars(callback)["_deployed"] is None
     assert not prepared_groups(model)
     trainer.fit(model, loader(), loader(seed=1))  # nothing made in inference mode is in the way
     assert callback.deployed_model is not None

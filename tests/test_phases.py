@@ -417,7 +417,8 @@ def test_best_skips_checkpoints_of_half_quantized_models(
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score", save_top_k=-1)
     model, callback = Scripted(), QuantFusionCallback(FUSED, schedule=schedule, verbose=0)
     trainer = quiet_trainer(max_epochs=4, callbacks=[callback, saver], enable_checkpointing=True, num_sanity_val_steps=0)
-    trainer.fit(model, loader(), loader(seed=1))
+    with pytest.warns(UserWarning, match=r"the best, of epoch 0, was saved before .* so that of epoch 2 is converted"):
+        trainer.fit(model, loader(), loader(seed=1))
     third = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
     net = prepared(Lit())
     net.load_state_dict(third["state_dict"])
