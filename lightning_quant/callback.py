@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.calibration import Calibration, calibrated, equalized, gathered, trains
-from lightning_quant.capture import find_example, restore_place
+from lightning_quant.capture import recorded, restore_place
 from lightning_quant.checkpoints import (
     SavesWithWeights,
     best_checkpoint,
@@ -34,10 +34,9 @@ from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
 from lightning_quant.delivery import converted, unfinished, write_files
 from lightning_quant.export import export_options
-from lightning_quant.graph import Graph
 from lightning_quant.layers import Plan
 from lightning_quant.logs import Logs
-from lightning_quant.plan import parse_settings, plan_from_graph, record_forward, scope_of
+from lightning_quant.plan import parse_settings, plan_from_graph
 from lightning_quant.prepare import (
     apply_phase,
     checked_memory,
@@ -57,10 +56,8 @@ from lightning_quant.prepare import (
 )
 from lightning_quant.processes import ManyProcesses, give_statistics
 from lightning_quant.ranks import from_first, together
-from lightning_quant.record import moved
 from lightning_quant.schedule import Clock, Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
-from lightning_quant.symbolic import trace
 from lightning_quant.targets import uncompiled_name
 
 _FLOAT = Phase(observe=False, quantize=False)
@@ -166,6 +163,7 @@ class QuantFusionCallback(ManyProcesses):
         self._total_steps = math.inf
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._pending: dict[str, Any] | None = None
+        self._restored = False  # whether a checkpoint of this run brought a state of ours
         self._late = False  # optimizers get what is learned only after their state is restored, which knows nothing of it
         self._groups = ParameterGroups()
         self._example: Any = None
@@ -180,7 +178,7 @@ class QuantFusionCallback(ManyProcesses):
         check_precision(trainer)
         stand_before_finetuning(trainer, self)
         self._module = pl_module if self._module is pl_module and prepared_groups(pl_module) else None
-        self._pending, self._late = None, False
+        self._pending, self._late, self._restored = None, False, False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,7 +193,7 @@ class QuantFusionCallback(ManyProcesses):
     def _begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._relink(pl_module)
         own = self._state(pl_module) if prepared_groups(pl_module) else None
-        before = self.plan
+        before, self._told = self.plan, False
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
         restore_model(pl_module)
         try:
@@ -216,23 +214,26 @@ class QuantFusionCallback(ManyProcesses):
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         state = self._pending or own
-        calls = gather() if state is None else []
-        if state is None:
+        anew = state is None or (state is own and self._module is not pl_module)  # another callback's: its ranges at most
+        calls = gather() if anew else []
+        if anew:
             equalized(self.calibration, entry, self._example, verbose=self.verbose)
         self._prepare(pl_module, plan)
         if state is own is not None and own["decisions"] != decisions(pl_module):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
-            state, calls = None, gather()
-        if state is None:
+            state, calls, anew = None, calls if anew else gather(), True
+        if anew:
             self._run, self.logs.ranges = from_first(uuid.uuid4().hex), {}
             self._set_phase(pl_module, _FLOAT)
+            if state is not None:
+                load_quantizer_state(pl_module, state["quantizers"])
             if calibrated(self.calibration, entry, calls, verbose=self.verbose) and not trains(trainer):
                 self._set_phase(pl_module, Phase(observe=False))
-        else:
+        elif state is not None:
             self._load(pl_module, state)
         self._join_ranks(trainer, pl_module, parameters=bool(calls) or self.calibration.equalize)
         if not self._late:
-            self._groups.begin(trainer, pl_module, resumed=self._pending is not None)
+            self._groups.begin(trainer, pl_module, resumed=self._restored)
         self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
         if not trains(trainer):  # else when training starts, after the Trainer has logged the module's own
             self._log_settings(trainer, pl_module)
@@ -247,22 +248,13 @@ class QuantFusionCallback(ManyProcesses):
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
 
-    def _make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str = "fit", before: str = "") -> Plan:
-        scope, why = scope_of(pl_module, self.root), "no example input was found"
-        graph: Graph | None = None
-        self._example, self._entry = None, ""
-        known = pl_module.get_submodule(before) if before else None
-        found = find_example(trainer, pl_module, scope, self.example_input, stage, known)
-        if isinstance(found, str):
-            traced = trace(scope)
-            graph = None if isinstance(traced, str) else traced
-            why = f"{found}; {traced}" if isinstance(traced, str) else found
-        else:
-            entry, self._example = found[0], moved(found[1], "cpu")
-            self._entry = next(name for name, module in pl_module.named_modules() if module is entry)
-            with trainer.precision_plugin.forward_context():
-                graph = record_forward(scope, self._example, entry)
-        plan = plan_from_graph(pl_module, self.config_list, graph, settings=self.settings, root=self.root, no_graph_because=why)
+    def _make_plan(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str = "fit", before: str | None = None
+    ) -> Plan:
+        seen = recorded(trainer, pl_module, self.root, self.example_input, stage, before)
+        self._entry, self._example, why = seen.entry, seen.example, seen.why or "no example input was found"
+        options: dict[str, Any] = {"settings": self.settings, "root": self.root, "no_graph_because": why}
+        plan = plan_from_graph(pl_module, self.config_list, seen.graph, **options)
         if self._example is not None and self._entry != (self.root or ""):
             note = f"recorded from {self._entry!r}, the first module that training_step calls; else give example_input"
             if plan.notes:
@@ -274,7 +266,7 @@ class QuantFusionCallback(ManyProcesses):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Learn how long the run is, for moments that are shares of it; tell the loggers what this fit was asked for."""
+        """Learn how long the run is, for moments that are shares of it; tell the loggers what was asked for."""
         restore_place(trainer)
         give_to_optimizers(pl_module, trainer.optimizers)
         self._log_settings(trainer, pl_module)
@@ -356,23 +348,30 @@ class QuantFusionCallback(ManyProcesses):
         if self._pending is not None:
             with torch.inference_mode(False), uncompiled(pl_module):  # what is made in it could not be trained later
                 self._attach_restored(trainer, pl_module, self._pending, stage)
+        if trainer.state.fn == "fit" or trainer.ckpt_path is None:
+            return
+        if not self._restored:
+            shown = "its weights with the ranges of the last fit" if prepared_groups(pl_module) else "the float model"
+            rank_zero_warn(
+                f"{type(self).__name__}: there is nothing of this callback in {trainer.ckpt_path}: {stage} shows {shown}."
+            )
+        elif not rounds_all(pl_module):
+            rank_zero_warn(f"{type(self).__name__}: the checkpoint is from before everything was quantized; {stage} shows it so.")
 
     def _attach_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any], stage: str) -> None:
         """Attach to a model that was not fitted here, as it was when its checkpoint was saved."""
         restore_model(pl_module)
         try:
-            self.plan = together(lambda: self._make_plan(trainer, pl_module, stage, state.get("entry", "")))
+            self.plan = together(lambda: self._make_plan(trainer, pl_module, stage, state["entry"]))
             self._prepare(pl_module, self.plan)
             self._load(pl_module, state)
         except ConfigError as error:
             restore_model(pl_module)
             raise ConfigError(
-                f"the quantizers of the checkpoint cannot be attached for {stage}: {error} If this {stage} calls the model in "
-                "another way than training did, give example_input. Without this callback the float model is shown."
+                f"the checkpoint's quantizers cannot be attached for {stage}. If the config_list is that run's, {stage} calls "
+                f"the model in another way than training did: give example_input, or leave out this callback for float. {error}"
             ) from error
         self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
-        if not rounds_all(pl_module):
-            rank_zero_warn(f"{type(self).__name__}: the checkpoint is from before everything was quantized; {stage} shows it so.")
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -403,6 +402,7 @@ class QuantFusionCallback(ManyProcesses):
         twin = made_permanent(copy_of(pl_module))
         give_statistics(twin, statistics)
         if origin is not None:
+            twin.on_load_checkpoint(origin[1])  # what the module's own hooks do to checkpoints
             load_weights(twin, origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
         self.deployed_model = deployed = converted(twin, self._entry, self._example)
@@ -457,7 +457,7 @@ class QuantFusionCallback(ManyProcesses):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what is learned beside the model's parameters out of the optimizers' states; it is added to our own."""
         state = checkpoint["callbacks"].get(self.state_key)
-        if state is not None:
+        if state is not None and "optimizer_states" in checkpoint:
             pairs = zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True)
             parted = [without_learned(saved, optimizer, pl_module) for saved, optimizer in pairs]
             checkpoint["optimizer_states"] = [saved for saved, _ in parted]
@@ -475,7 +475,7 @@ class QuantFusionCallback(ManyProcesses):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module's own hook; whoever saves a checkpoint now saves a whole one."""
+        """Leave the module its own hook: checkpoints of weights alone that are saved from here on have no ranges."""
         super().on_exception(trainer, pl_module, exception)
         saves_alone(pl_module)
         self._groups.put_back(trainer, pl_module)
@@ -485,10 +485,9 @@ class QuantFusionCallback(ManyProcesses):
         """Take the state over at once where the model is prepared, else in `on_fit_start`."""
         if not state_dict:
             return
+        self._restored, self._pending = True, None if self._module is not None else state_dict
         if self._module is not None:
             self._load(self._module, state_dict)
-        else:
-            self._pending = state_dict
 
     def _load(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
         if state.get("version") != 1:

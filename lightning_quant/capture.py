@@ -8,6 +8,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
+
+from lightning_quant.graph import Graph
+from lightning_quant.plan import record_forward, scope_of
+from lightning_quant.record import moved
+from lightning_quant.symbolic import trace
 
 # By the trainer's function: the step of a LightningModule, and where the trainer has its data.
 _STEPS = {
@@ -95,6 +101,45 @@ def restore_place(trainer: pl.Trainer) -> None:
     if loop.restarting and loop._combined_loader_states_to_load and loop._data_fetcher is not None:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A model's forward as it was seen: `entry`, the name of the module that was called with `example`; None if there was none.
+
+    Without an example the graph is traced; it is None with the reason in `why` if that fails, too.
+    """
+
+    graph: Graph | None
+    why: str = ""
+    entry: str = ""
+    example: Any = None
+
+
+def recorded(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    root: str | None,
+    example_input: Any,
+    stage: str = "fit",
+    before: str | None = None,
+) -> Recorded:
+    """Record a forward of the model, or of its submodule `root`, on what `find_example` finds.
+
+    `before`: the name of the entry in another stage. Where this stage does not call that module, the forward is traced.
+    """
+    scope = scope_of(pl_module, root)
+    known = None if before is None else pl_module.get_submodule(before)
+    found = find_example(trainer, pl_module, scope, example_input, stage, known)
+    if not isinstance(found, str) and known not in (None, found[0]) and example_input is None:
+        found = f"{_STEPS[stage][0]} does not call {type(known).__name__}{f' {before!r}' if before else ''}"
+    if isinstance(found, str):
+        traced = trace(scope)
+        return Recorded(graph=None, why=f"{found}; {traced}") if isinstance(traced, str) else Recorded(graph=traced, why=found)
+    entry, example = found[0], moved(found[1], "cpu")
+    name = next(name for name, module in pl_module.named_modules() if module is entry)
+    with trainer.precision_plugin.forward_context():
+        return Recorded(graph=record_forward(scope, example, entry), entry=name, example=example)
 
 
 @contextlib.contextmanager
@@ -180,10 +225,11 @@ def _captured(
 
 def _step(pl_module: pl.LightningModule, batch: Any, stage: str = "fit") -> None:
     step = getattr(pl_module, _STEPS[stage][0])
-    names = list(inspect.signature(step).parameters)
-    if "dataloader_iter" in names:
+    parameters = inspect.signature(step).parameters
+    if "dataloader_iter" in parameters:
         raise _NoBatchError(f"{_STEPS[stage][0]} takes a dataloader_iter")
-    step(*(batch, 0, 0)[: max(1, min(len(names), 2 + ("dataloader_idx" in names)))])
+    any_number = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters.values())
+    step(*(batch, 0, 0)[: 2 if any_number else max(1, min(len(parameters), 2 + ("dataloader_idx" in parameters)))])
 
 
 def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Any:
@@ -231,10 +277,20 @@ def _samples(loaders: Any) -> Generator[Any]:
             return
         # Not through the loader: that would start workers, or move a persistent iterator that training is to read.
         for indices in _twin(loaders.batch_sampler):
-            yield loaders.collate_fn([loaders.dataset[index] for index in indices])
+            yield _fetched(loaders, indices)
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _fetched(loader: DataLoader[Any], indices: Any) -> Any:
+    """A batch, in this process; what needs a worker's (`worker_init_fn`) cannot be had."""
+    try:
+        together = getattr(loader.dataset, "__getitems__", None)
+        items = [loader.dataset[index] for index in indices] if together is None else together(indices)
+        return loader.collate_fn(items)
+    except Exception as error:
+        raise _NoBatchError(f"the data cannot be read outside its loader: {type(error).__name__}: {error}") from error
 
 
 def _twin(sampler: Any) -> Any:

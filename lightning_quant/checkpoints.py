@@ -7,7 +7,7 @@ All of it is plain data (numbers, strings, tensors, lists, dicts), so that check
 from __future__ import annotations
 
 import copy
-import os
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +27,15 @@ def check_decisions(saved: Mapping[str, Any], now: Mapping[str, str], config: Ma
     """Refuse a state that was saved under other decisions, with what differs.
 
     Args:
-        saved: the callback's state. One of a release that saved no decisions is taken as it is.
+        saved: the callback's state.
         now: what is decided now, as `prepare.decisions` gives it.
         config: what that was decided by: 'config_list' and 'settings'.
 
     Raises:
         ConfigError: naming the first differences, of the config if it differs, else of the decisions.
     """
-    before = saved.get("decisions")
-    if before is None or before == now:
+    before = saved["decisions"]
+    if before == now:
         return
     found = [line for key, value in config.items() for line in differences(saved.get(key), value, key)]
     lines = found or list(differences(before, now, "plan"))
@@ -146,6 +146,18 @@ def saves_alone(module: LightningModule) -> None:
 # -- the best one --------------------------------------------------------------------------------------------------------
 
 
+def _content(trainer: Trainer, path: str) -> dict[str, Any] | str:
+    """A checkpoint as the Trainer reads it, wherever and however it was written, on the host; or why it cannot."""
+    io = trainer.strategy.checkpoint_io
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": False}  # this run wrote it
+    taken = inspect.signature(io.load_checkpoint).parameters
+    try:
+        content: dict[str, Any] = io.load_checkpoint(path, **{key: one for key, one in options.items() if key in taken})
+    except Exception as error:  # noqa: BLE001  (a plugin of the user's, a file system somewhere)
+        return f"{type(error).__name__}: {error}"
+    return content
+
+
 def best_checkpoint(trainer: Trainer, key: str, run: str) -> tuple[str, dict[str, Any]] | None:
     """(path, content) of the best checkpoint of the first monitored ModelCheckpoint that this run saved quantized.
 
@@ -159,8 +171,11 @@ def best_checkpoint(trainer: Trainer, key: str, run: str) -> tuple[str, dict[str
     paths = [path for path, _ in ranked] or [keeper.best_model_path]
     early: list[int] = []  # epochs whose checkpoints are better, but not of the quantized model
     found: tuple[str, dict[str, Any]] | None = None
-    for path in filter(os.path.isfile, paths):
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)  # this run wrote it
+    for path in filter(None, paths):
+        checkpoint = _content(trainer, path)
+        if isinstance(checkpoint, str):
+            rank_zero_warn(f"{key}: the checkpoint {path} cannot be read: {checkpoint}")
+            continue
         state = checkpoint.get("callbacks", {}).get(key)
         if not state or state["run"] != run:
             continue

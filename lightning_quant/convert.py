@@ -134,11 +134,33 @@ def unobserved(model: nn.Module) -> list[str]:
 def copy_of(model: Model) -> Model:
     """A deep copy. What a hook computes before each forward (a pruned weight, a spectral norm's) is copied without its graph."""
     tensors = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    twin = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf})
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    try:
+        twin = copy.deepcopy(model, dict(memo))
+    except Exception:  # noqa: BLE001  (an attribute of the user's: a lock, a list of losses with their graph)
+        twin = copy.deepcopy(model, {**memo, **_uncopied(model, memo)})
     for module in twin.modules():
         module._compiled_call_impl = None  # what `module.compile()` made is bound to the original (a LightningModule's is copied)
         uncompile(module)
     return twin
+
+
+def _uncopied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """The attributes that cannot be copied, for the copy to share; named in a warning."""
+    own = {id(module): module for module in model.modules()}
+    shared: dict[int, Any] = {}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        for key, value in module.__getstate__().items():  # a LightningModule leaves its Trainer out
+            if key not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, {**memo, **own})
+                except Exception:  # noqa: BLE001  (whatever it is)
+                    shared[id(value)] = value
+                    names.append(f"{name}.{key}" if name else key)
+    if names:
+        warnings.warn(f"{', '.join(names)} cannot be copied; the deployed model shares that with the trained one.", stacklevel=4)
+    return shared
 
 
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")

@@ -18,6 +18,7 @@ from lightning_quant.export import load_deployed
 from lightning_quant.layers import Plan
 from lightning_quant.ranks import Ranks, begin_alike, check_same_plan, check_strategy, from_first, statistics_of_first, together
 
+_HEAVY = ("optimizer_states", "lr_schedulers", "loops")  # parts of a checkpoint that conversion has no use for
 Chosen = tuple[str, dict[str, Any]] | None  # a checkpoint's path and content
 
 
@@ -118,7 +119,7 @@ class ManyProcesses(Callback):
         A failure in one process is one in all.
         """
         if (chosen := together(lambda: choose() if trainer.is_global_zero else None)) is not None:
-            chosen = chosen[0], {key: chosen[1][key] for key in ("state_dict", "callbacks")}
+            chosen = chosen[0], {key: part for key, part in chosen[1].items() if key not in _HEAVY}
         chosen, statistics = from_first(chosen), statistics_of_first(pl_module)
         together(lambda: deliver(chosen, statistics))
 

@@ -7,6 +7,7 @@ import copy
 import logging
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,12 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_prepare import traces
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, get_worker_info
 from torchmetrics import MeanMetric
 from toys import FUSED, Lit, Net, loader
 
 from lightning_quant import ConfigError, ParityError, QuantFusionCallback, Schedule, load_deployed
-from lightning_quant.prepare import prepared_groups, quantizer_state
+from lightning_quant.prepare import learned_parameters, prepared_groups, quantizer_state
 
 TrainerMaker = Callable[..., Trainer]
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -558,6 +559,110 @@ def test_a_second_fit_with_another_config_begins_anew(quiet_trainer: TrainerMake
     assert list(prepared_groups(model)) == ["fc"]
     assert callback.deployed_model is not None
     assert torch.equal(callback.deployed_model(X), evaluate(model))
+
+
+def test_another_callback_goes_on_with_the_ranges_in_a_run_of_its_own(quiet_trainer: TrainerMaker) -> None:
+    lsq: Any = [{**FUSED[0], "method": "lsq"}]
+    model, first, second = Lit(), QuantFusionCallback(lsq, verbose=0), QuantFusionCallback(lsq, verbose=0)
+    fit(quiet_trainer, model, first)
+    scales = {name: one.detach().clone() for name, one in learned_parameters(model).items()}
+    seen: list[bool] = []
+
+    class AtStart(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append(all(torch.equal(scales[name], one) for name, one in learned_parameters(pl_module).items()))
+
+    fit(quiet_trainer, model, second, more=[AtStart()])
+    assert seen == [True]
+    assert second.state_dict()["run"] not in ("", first.state_dict()["run"])
+    assert second.deployed_model is not None
+
+
+def test_another_callback_calibrates_a_model_that_is_prepared(quiet_trainer: TrainerMaker) -> None:
+    """As when a cell of a notebook is run again."""
+    model = Lit()
+    for _ in range(2):
+        callback = QuantFusionCallback("int8", verbose=0)
+        quiet_trainer(max_epochs=0, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+        assert callback.deployed_model is not None
+        assert torch.equal(callback.deployed_model(X), evaluate(model))
+
+
+@pytest.mark.parametrize("kind", ["lock", "losses", "generator"])
+def test_what_cannot_be_copied_is_shared_and_named(kind: str, quiet_trainer: TrainerMaker) -> None:
+    class Keeps(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: Any = {"lock": threading.Lock(), "losses": [], "generator": (i for i in range(3))}[kind]
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if kind == "losses":
+                self.kept.append(loss)
+            return loss
+
+    model, callback = Keeps(), QuantFusionCallback(FUSED, verbose=0)
+    with pytest.warns(UserWarning, match="kept cannot be copied; the deployed model shares that with the trained one"):
+        fit(quiet_trainer, model, callback)
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(model))
+
+
+class InWorkers(Dataset[tuple[Tensor, Tensor]]):
+    """Can be read in a worker alone, as with a file that it opens."""
+
+    handle: Any = None
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.handle[index], torch.tensor(index % 4)
+
+
+def opened(worker: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.handle = torch.randn(32, 3, 8, 8)  # type: ignore[attr-defined]
+
+
+class AtOnce(Dataset[tuple[Tensor, Tensor]]):
+    """Gives whole batches of items."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.randn(3, 8, 8), torch.tensor(index % 4)) for index in indices]
+
+
+def test_data_that_only_its_loader_can_read(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    data = DataLoader(InWorkers(), batch_size=8, num_workers=1, worker_init_fn=opened)
+    fit(quiet_trainer, Lit(), callback, data=data)
+    assert "the data cannot be read outside its loader: TypeError: 'NoneType'" in str(callback.plan)
+    assert callback.deployed_model is not None
+
+
+def test_data_that_comes_in_batches(quiet_trainer: TrainerMaker) -> None:
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, Lit(), callback, data=DataLoader(AtOnce(), batch_size=8))
+    assert "traced" not in str(callback.plan)
+    assert callback.deployed_model is not None
+
+
+def test_a_step_that_takes_any_arguments(quiet_trainer: TrainerMaker) -> None:
+    class AnyNumber(Lit):
+        def training_step(self, *args: Any) -> Tensor:
+            batch, batch_idx = args
+            return super().training_step(batch, batch_idx)
+
+    callback = QuantFusionCallback(FUSED, verbose=0)
+    fit(quiet_trainer, AnyNumber(), callback)
+    assert "traced" not in str(callback.plan)
 
 
 def test_a_failed_second_fit_leaves_the_first_one_in_place(quiet_trainer: TrainerMaker) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import gzip
+import io
 import multiprocessing
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from test_callback import Inner, Scripted, evaluate, fit, keeper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -117,7 +120,7 @@ def test_an_evaluation_that_cannot_be_recorded_says_what_to_do(quiet_trainer: Tr
     saved(quiet_trainer, tmp_path / "a.ckpt", FUSED, Partial())
     model = Partial()
     before = fingerprint(model)[: len(list(model.modules()))]
-    with pytest.raises(ConfigError, match=r"(?s)attached for test: .*in another way.* give example_input"):
+    with pytest.raises(ConfigError, match=r"attached for test\. .*in another way than training did: give example_input"):
         run(quiet_trainer(callbacks=[quiet()]), "test", model, tmp_path / "a.ckpt")
     assert not prepared_groups(model)
     assert [row[:2] for row in fingerprint(model)[: len(before)]] == [row[:2] for row in before]
@@ -132,6 +135,45 @@ def test_a_checkpoint_of_an_unquantized_phase_is_said(quiet_trainer: TrainerMake
     with pytest.warns(UserWarning, match="from before everything was quantized; test shows it so"):
         result = run(quiet_trainer(callbacks=[quiet()]), "test", Lit(), tmp_path / "a.ckpt")
     assert result == run(quiet_trainer(), "test", trained, None)
+
+
+class Parts(Lit):
+    """Predicts by its parts, where the other steps call the whole."""
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        features = self.get_submodule("relu1")(self.get_submodule("bn1")(self.get_submodule("conv1")(batch[0])))
+        return features.mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_a_stage_that_calls_the_model_otherwise_is_attached_by_tracing(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    trained = saved(quiet_trainer, tmp_path / "a.ckpt", FUSED, Parts())
+    callback = quiet()
+    found = run(quiet_trainer(callbacks=[callback]), "predict", Parts(), tmp_path / "a.ckpt")
+    assert alike(found, run(quiet_trainer(), "predict", trained, None))
+    assert "predict_step does not call Parts" in str(callback.plan)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_checkpoint_without_our_state_is_said_to_be_shown_in_float(
+    fitted: bool, quiet_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    plain = quiet_trainer(max_epochs=1)
+    plain.fit(Lit(), loader(), loader(seed=1))
+    plain.save_checkpoint(tmp_path / "float.ckpt")
+    model, callback = Lit(), quiet()
+    if fitted:
+        fit(quiet_trainer, model, callback)
+    shown = "its weights with the ranges of the last fit" if fitted else "the float model"
+    with pytest.warns(UserWarning, match=f"nothing of this callback in .*float.ckpt: test shows {shown}"):
+        run(quiet_trainer(callbacks=[callback]), "test", model, tmp_path / "float.ckpt")
+
+
+def test_an_early_checkpoint_is_said_to_be_one_in_the_fitting_process_too(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    model, callback = Lit(), quiet(schedule={"quantize_start": "epoch 1"})
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer = fit(quiet_trainer, model, callback, 2, more=[saver], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="from before everything was quantized; test shows it so"):
+        run(trainer, "test", model, tmp_path / "epoch=0.ckpt")
 
 
 # -- checkpoints of weights alone --------------------------------------------------------------------------------------------
@@ -180,6 +222,76 @@ def test_a_hook_of_the_instance_is_put_back(quiet_trainer: TrainerMaker, tmp_pat
     assert model.__dict__["on_save_checkpoint"] is hook
     assert len(calls) == 1
     assert "callbacks" in torch.load(tmp_path / "w.ckpt", weights_only=True)
+
+
+class Renames(Scripted):
+    """Saves its weights under other names, and takes them back."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"m.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {key.removeprefix("m."): value for key, value in checkpoint["state_dict"].items()}
+
+
+class Zipped(TorchCheckpointIO):
+    """Writes files that torch.load cannot read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).write_bytes(gzip.compress(buffer.getvalue()))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(io.BytesIO(gzip.decompress(Path(path).read_bytes())), weights_only=False)
+        return content
+
+
+@pytest.mark.parametrize("how", ["hooks", "plugin", "memory"])
+def test_the_best_checkpoint_is_read_as_the_trainer_reads_it(how: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    model, callback = Renames() if how == "hooks" else Scripted(), quiet()
+    folder = "memory://best" if how == "memory" else tmp_path
+    saver = ModelCheckpoint(folder, filename="{epoch}", monitor="score")
+    options: dict[str, Any] = {"plugins": [Zipped()]} if how == "plugin" else {}
+    trainer = quiet_trainer(
+        max_epochs=3, callbacks=[callback, saver], enable_checkpointing=True, num_sanity_val_steps=0, **options
+    )
+    trainer.fit(model, loader(), loader(seed=1))
+    last = evaluate(model)
+    run(trainer, "test", model, "best")  # type: ignore[arg-type]
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(model))
+    assert not torch.equal(last, evaluate(model))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    class Breaks(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            (tmp_path / "epoch=1.ckpt").write_bytes(b"no checkpoint")
+
+    model, callback = Scripted(), quiet()
+    options: dict[str, Any] = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    with (
+        pytest.warns(UserWarning, match=r"epoch=1.ckpt cannot be read: \w+Error: "),
+        pytest.warns(UserWarning, match="so the last weights are converted"),
+    ):
+        fit(quiet_trainer, model, callback, 3, more=[Breaks(), keeper(tmp_path)], **options)
+    assert callback.deployed_model is not None
+    assert torch.equal(callback.deployed_model(X), evaluate(model))
+
+
+def test_a_callback_that_thins_checkpoints_may_stand_before_ours(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    class Thin(Callback):
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+            checkpoint.pop("optimizer_states", None)
+
+    model = Lit()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[Thin(), quiet(LEARNED)])
+    trainer.fit(model, loader(), loader(seed=1))
+    trainer.save_checkpoint(tmp_path / "thin.ckpt")
+    other = Lit()
+    run(quiet_trainer(callbacks=[quiet(LEARNED)]), "test", other, tmp_path / "thin.ckpt")
+    assert torch.equal(evaluate(other), evaluate(model))
 
 
 # -- another config_list ---------------------------------------------------------------------------------------------------
