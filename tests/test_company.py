@@ -424,16 +424,17 @@ class Stepwise(BaseFinetuning):
 @quietly
 @orders
 @methods
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "same objects"])
 def test_finetuning_of_ones_own_resumes_where_it_was(
-    method: str, first: bool, quiet_trainer: TrainerMaker, tmp_path: Path
+    fresh: bool, method: str, first: bool, quiet_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
     """Lightning freezes anew what was unfrozen; but groups, momenta and scales are where they were."""
     model, callback, groups = Backboned(), ours(method), Groups()
     trainer = quiet_trainer(max_epochs=2, callbacks=[*ordered(callback, [Stepwise()], first=first), groups])
     trainer.fit(model, loader(), loader(seed=1))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, again = Backboned(), Groups()
-    trainer = quiet_trainer(max_epochs=3, callbacks=[*ordered(ours(method), [Stepwise()], first=not first), again])
+    resumed, again, other = Backboned() if fresh else model, Groups(), ours(method) if fresh else callback
+    trainer = quiet_trainer(max_epochs=3, callbacks=[*ordered(other, [Stepwise()], first=not first), again])
     trainer.fit(resumed, loader(), loader(seed=1), ckpt_path=tmp_path / "half.ckpt")
     assert again.sizes == [[*groups.sizes[-1], 1]]
     assert len(trainer.optimizers[0].state) == sum(again.sizes[0])
