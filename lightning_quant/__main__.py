@@ -9,13 +9,14 @@ every Trainer of the environment would get one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -80,7 +81,9 @@ class QuantTrainer(Trainer):
         if example is None:
             raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
         deployed = converted(copy_of(model), entry, example).get_submodule(uncompiled_name(entry))
-        sys.stdout.write(f"wrote {export_model(deployed, path, example_input=example, **options)}\n")
+        with _writing("output", path):
+            written = export_model(deployed, path, example_input=example, **options)
+        sys.stdout.write(f"wrote {written}\n")
 
     def report(
         self,
@@ -94,7 +97,7 @@ class QuantTrainer(Trainer):
         Args:
             model: the config's.
             ckpt_path: the checkpoint, saved in a fit with QuantFusionCallback.
-            html: write the report to this file, too.
+            html: write the report to this file, too; its folder is made if it is not there.
             datamodule: the config's.
         """
         callback = self._attach(model, datamodule, _checkpoint(ckpt_path))
@@ -103,7 +106,9 @@ class QuantTrainer(Trainer):
         report = summarize(model.get_submodule(callback._entry), example_input=callback._example)
         sys.stdout.write(f"{report}\n")
         if html is not None:
-            Path(html).write_text(f'<!doctype html><meta charset="utf-8">{report._repr_html_()}\n', encoding="utf-8")
+            with _writing("html", Path(html)):
+                Path(html).parent.mkdir(parents=True, exist_ok=True)
+                Path(html).write_text(f'<!doctype html><meta charset="utf-8">{report._repr_html_()}\n', encoding="utf-8")
 
     def _attach(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str) -> QuantFusionCallback:
         """Prepare `model` as a fit resumed from this checkpoint would."""
@@ -175,6 +180,15 @@ def _target(ckpt_path: str, format: str | None, output: str | None) -> Path:
     if format is not None and Path(output).suffix != f".{format}":
         raise ConfigError(f"output: {output!r} does not end in .{format}, the format; leave out one of the two.")
     return Path(output)
+
+
+@contextlib.contextmanager
+def _writing(argument: str, path: Path) -> Iterator[None]:
+    """Says which argument named a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{argument}: {str(path)!r} cannot be written: {error}; give another place.") from error
 
 
 class SaveFitConfig(SaveConfigCallback):

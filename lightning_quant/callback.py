@@ -29,7 +29,7 @@ from lightning_quant.checkpoints import (
     with_learned,
     without_learned,
 )
-from lightning_quant.company import ParameterGroups, check_precision, stand_before_finetuning
+from lightning_quant.company import ParameterGroups, check_precision, clock_of, stand_before_finetuning
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
 from lightning_quant.delivery import converted, unfinished, write_files
@@ -56,7 +56,7 @@ from lightning_quant.prepare import (
 )
 from lightning_quant.processes import ManyProcesses, give_statistics
 from lightning_quant.ranks import from_first, together
-from lightning_quant.schedule import Clock, Phase, Schedule
+from lightning_quant.schedule import Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
 from lightning_quant.targets import uncompiled_name
 
@@ -288,7 +288,7 @@ class QuantFusionCallback(ManyProcesses):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The phase is a function of the clock alone, so a resumed run is where it was."""
         self._groups.put_back(trainer, pl_module)
-        clock = Clock(step=trainer.global_step, epoch=trainer.current_epoch, total_steps=self._total_steps)
+        clock = clock_of(trainer, pl_module, self._total_steps)
         assert self.plan is not None
         phase, layers = self.schedule.phase_at(clock), self.schedule.layers_at(clock, len(self.plan.layers))
         before, now, of = (self._phase, self._layers), (phase, layers), len(self.plan.layers)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns what others in a Trainer ask of the callback: a precision that integers survive, parameter groups without strangers."""
+"""Owns what others in a Trainer ask of us: precision for integers, parameter groups without strangers, how far a run is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_quant.config import ConfigError
 from lightning_quant.prepare import give_to_optimizers, learned_parameters
+from lightning_quant.schedule import Clock
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -31,6 +33,26 @@ def check_precision(trainer: pl.Trainer) -> None:
         f"{what}: the weights that are rounded to integers would not be in float32; allowed: {', '.join(PRECISIONS)}. Use "
         f"Trainer(precision={instead!r})."
     )
+
+
+def clock_of(trainer: pl.Trainer, pl_module: pl.LightningModule, total_steps: float) -> Clock:
+    """The time of the training batch that begins; `total_steps`: optimizer steps of the run as Lightning estimates them.
+
+    That estimate is a step a batch. Optimizers stepped by hand make more steps or fewer: such a run is measured by its batches,
+    or by its steps where `max_steps` ends it earlier. Batches are counted from the epoch, the only count that is right whenever
+    the checkpoint of a resumed run was saved.
+    """
+    step, epoch = trainer.global_step, trainer.current_epoch
+    if pl_module.automatic_optimization:
+        return Clock(step=step, epoch=epoch, done=step, length=total_steps)
+    ends: list[tuple[float, float]] = []
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is not None and epochs > 0 and math.isfinite(batches):
+        ends.append((epoch * batches + trainer.fit_loop.batch_idx, epochs * batches))
+    if trainer.max_steps > 0:
+        ends.append((step, trainer.max_steps))
+    done, length = max(ends, key=lambda end: end[0] / end[1], default=(step, math.inf))
+    return Clock(step=step, epoch=epoch, done=done, length=length)
 
 
 # -- finetuning ------------------------------------------------------------------------------------------------------------

@@ -100,8 +100,11 @@ class Logs:
         """Log what the fit was asked for as `quant/<name>`, beside the module's hyperparameters, which are let alone.
 
         `hparams` are passed to `__init__` by `load_from_checkpoint`. No argument of an `__init__` has a slash in its name, so
-        nothing is overwritten. The module's own are sent along: what TensorBoard shows is the last call's.
+        nothing is overwritten. The module's own are sent along: what TensorBoard shows is the last call's. Nothing is logged with
+        Trainer(enable_autolog_hparams=False).
         """
+        if not getattr(trainer, "enable_autolog_hparams", True):  # Lightning 2.5.1 has no such switch
+            return
         ours = {f"quant/{name}": copy.deepcopy(value) for name, value in given.items() if value is not None}
         candidates: tuple[Any, Any] = (pl_module, getattr(trainer, "datamodule", None))
         owners = [one for one in candidates if getattr(one, "_log_hyperparams", False)]

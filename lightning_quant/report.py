@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from lightning_quant.summary import LayerReport, Report, TensorReport
 from lightning_quant.targets import is_input, owner_of
 from lightning_quant.wrapped import ModuleGroup, QuantizedModule
 
+_Found = TypeVar("_Found")
+
 # -- summarize --------------------------------------------------------------------------------------------------------
 
 
@@ -42,7 +44,7 @@ def summarize(model: nn.Module, *, example_input: Any = None) -> Report:
             multiply-adds. The activations of one run are kept meanwhile. Of a deployed model multiply-adds alone are counted.
 
     Raises:
-        ConfigError: if the model is neither prepared nor deployed.
+        ConfigError: if the model is neither prepared nor deployed, or cannot be called with `example_input`.
     """
     if groups := prepared_groups(model):
         return _of_prepared(model, groups, example_input)
@@ -52,21 +54,39 @@ def summarize(model: nn.Module, *, example_input: Any = None) -> Report:
             f"summarize: {type(model).__name__} is neither prepared nor deployed; call prepare_model(model, plan) first, or give "
             "what convert_model returns."
         )
-    notes = ("deployed: float weights are gone, so nothing is known of signal-to-noise ratios; summarize the prepared model",)
-    counts = {} if example_input is None else counted_on(model, example_input)
-    return _whole(model, [replace(layer, multiply_adds=counts.get(layer.name)) for layer in layers], None, counts, notes)
+    notes = ["deployed: float weights are gone, so nothing is known of signal-to-noise ratios; summarize the prepared model"]
+    if any(one.dtype.startswith("uint") for layer in layers for one in (*layer.of("input"), *layer.of("output"))):
+        notes.append(
+            "deployed activations are unsigned integers: what was configured as int8 is uint8, its zero point moved by 128"
+        )
+    counts = {} if example_input is None else _called(counted_on, model, example_input)
+    return _whole(model, [replace(layer, multiply_adds=counts.get(layer.name)) for layer in layers], None, counts, tuple(notes))
+
+
+def _called(measure: Callable[[nn.Module, Any], _Found], model: nn.Module, example_input: Any) -> _Found:
+    """`measure`, which calls the model, with a failed forward reported as a ConfigError."""
+    try:
+        return measure(model, example_input)
+    except Exception as error:
+        raise ConfigError(
+            f"example_input: the forward of {own_class(model).__name__} failed: {error}. Give what the model is "
+            "called with: a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)."
+        ) from error
 
 
 def _of_prepared(model: nn.Module, groups: Mapping[str, tuple[nn.Module, Group]], example_input: Any) -> Report:
-    measured = Measured() if example_input is None else measured_on(model, example_input)
+    measured = Measured() if example_input is None else _called(measured_on, model, example_input)
     stored: dict[str, list[StoredParameter]] = {}
     for one in stored_parameters(model):
         stored.setdefault(one.layer, []).append(one)
     names = {id(module): name for name, module in model.named_modules()}
     ordered = sorted(groups.items(), key=lambda item: item[1][1].place)  # as the data goes
     layers = [_of_group(head, group, stored.get(name, []), measured, names) for name, (head, group) in ordered]
-    blind = [layer.name for layer in layers if layer.stored_bytes is None]
+    blind = [group.name for _, (_, group) in ordered if not group.ready]
     notes = [f"no ranges yet: {', '.join(blind)}"] if blind else []
+    if blind and measured.output is not None:  # these were not rounded, so the number would be that of another model
+        notes[0] += "; what quantization costs the model's outputs is therefore unknown"
+        measured = replace(measured, output=None)
     if measured.strayed:
         notes.append(f"called otherwise when rounded than in float, and left out: {', '.join(measured.strayed)}")
     return _whole(model, layers, measured, measured.multiply_adds, tuple(notes))

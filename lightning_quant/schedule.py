@@ -18,11 +18,15 @@ _TEXT = re.compile(r"\s*(?:(step|epoch)\s+(\d+)|(\d+(?:\.\d+)?)\s*%)\s*")
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Where training stands: optimizer steps done, epochs done, steps of the whole run (`inf` if unknown)."""
+    """Where training stands: optimizer steps done, epochs done, and `done` of `length`, the run's, in whatever it is measured.
+
+    `length` is `inf` where it is unknown.
+    """
 
     step: int
     epoch: int
-    total_steps: float
+    done: float
+    length: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,8 @@ class Schedule:
 
     Until everything is rounded, eval mode computes what training computes, on the running statistics of batch norm; from then on
     it runs the integer layers. Steps are Lightning's `global_step`: with several optimizers in manual optimization each of them
-    counts; say such moments as epochs.
+    counts; say such moments as epochs or as shares. Shares are measured in optimizer steps; in manual optimization, where the
+    steps to come are not known beforehand, in batches, or in steps of `max_steps` where these end the run earlier.
 
     Raises:
         ConfigError: for a moment that cannot be read, or moments that contradict each other.
@@ -205,5 +210,5 @@ def _past(kind: str, value: float, clock: Clock) -> bool:
     if kind == "share":
         # A run of unknown length never reaches a share of itself, except its beginning.
         # The millionth of a step takes back what floats add: 0.07 of 100 steps is step 7, not 8.
-        return value == 0 or (math.isfinite(clock.total_steps) and clock.step >= value * clock.total_steps - 1e-6)
+        return value == 0 or (math.isfinite(clock.length) and clock.done >= value * clock.length - 1e-6)
     return clock.step >= value

@@ -20,12 +20,13 @@ from lightning_quant.targets import is_activation, is_input
 class TensorReport:
     """One quantized tensor of a layer. None: not known, or nothing of the kind.
 
-    `dtype`: the grid's (`uint8`); of a deployed parameter what is stored. `bits`: of the grid; of a deployed parameter those that
-    its integers need. `low`, `high`: of a parameter its least and greatest value before rounding (stored value where that is
-    gone), of an activation the ends of its grid. `scale`, `zero_point`: (least, greatest) over channels or blocks.
-    `signal_to_noise`: dB; of a parameter what ships against the float value, norms folded into both; of an activation the
-    quantized model against the float one. `clipped`: share of values cut off. Of parameters: `zero_channels` output channels
-    have nothing but zeros, `dead_channels` of them in float, too; `zeros`: share of values that are zero.
+    `dtype`: the grid's (`uint8`); of a deployed activation `int1` or unsigned, of a deployed parameter what is stored. `bits`: of
+    the grid; of a deployed parameter those that its integers need. `low`, `high`: of a parameter its least and greatest value
+    before rounding (stored value where that is gone), of an activation the ends of its grid. `scale`, `zero_point`: (least,
+    greatest) over channels or blocks. `signal_to_noise`: dB; of a parameter what ships against the float value, norms folded into
+    both; of an activation the quantized model against the float one. `clipped`: share of values cut off. Of parameters:
+    `zero_channels` output channels have nothing but zeros, `dead_channels` of them in float, too; `zeros`: share of values that
+    are zero.
     """
 
     target: str

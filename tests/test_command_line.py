@@ -373,6 +373,26 @@ def test_report_shows_the_checkpoints_layers(fitted: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert all(name in said for name in ("conv1", "conv2", "fc"))
     assert "conv1" in Path("report.html").read_text()
+    assert main(["report", *options, "--html=new/folder/report.html"]) == 0
+    assert Path("new/folder/report.html").read_text() == Path("report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["report", "--html=report.html"], "html: 'report.html' cannot be written: .*; give another place"),
+        (["report", "--html=config.yaml/report.html"], "html: 'config.yaml/report.html' cannot be written: "),
+        (["export", "--output=config.yaml/a.pt2"], "output: 'config.yaml/a.pt2' cannot be written: "),
+    ],
+)
+def test_where_nothing_can_be_written(fitted: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
+    Path("report.html").mkdir()
+    Path("config.yaml").write_text("a file, no folder")
+    given = ["--config", str(fitted / "config.yaml"), "--ckpt", str(fitted / "checkpoints" / "best.ckpt")]
+    command, *rest = arguments
+    assert main([command, *given, *rest]) == 2
+    said = last(capsys)
+    assert re.search(f"^python -m lightning_quant: error: {text}", said), said
 
 
 # -- the words -------------------------------------------------------------------------------------------------------------

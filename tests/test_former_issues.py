@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from test_callback import X, evaluate, fit
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toys import FUSED, Lit, loader
 
-from lightning_quant import QuantFusionCallback
+from lightning_quant import QuantFusionCallback, restore_model
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.prepare import prepared_groups, quantizer_state
 
@@ -96,6 +97,12 @@ def test_11047_pruning_and_quantization_in_one_run(first: str, quiet_trainer: Tr
         assert bool((layer.weight[zeros] == 0).all()), "what is pruned is zero where it is deployed"
 
 
+def loss_of(model: nn.Module) -> float:
+    """The mean over batches of one size."""
+    losses = [F.cross_entropy(evaluate(model, x), y) for x, y in loader(seed=1)]
+    return float(torch.stack(losses).double().mean())
+
+
 @pytest.mark.parametrize("which", ["path", "best", "last"])
 def test_12896_a_checkpoint_is_tested_after_fit(which: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
     """Its model was converted in `on_fit_end`, and took no checkpoint of training any more."""
@@ -104,7 +111,11 @@ def test_12896_a_checkpoint_is_tested_after_fit(which: str, quiet_trainer: Train
     trainer = fit(quiet_trainer, model, callback, 2, more=[saver], enable_checkpointing=True)
     path = saver.best_model_path if which == "path" else which
     (result,) = trainer.test(model, loader(seed=1), ckpt_path=path, verbose=False)
-    if which != "last":
+    if which == "last":
+        assert result["test_loss"] == pytest.approx(loss_of(model), rel=1e-6)
+        in_float = loss_of(restore_model(model))
+        assert abs(result["test_loss"] - in_float) > 1e-5 * in_float, "10 times what is allowed above"
+    else:
         assert callback.deployed_model is not None
         (deployed,) = quiet_trainer().test(callback.deployed_model, loader(seed=1), verbose=False)  # type: ignore[arg-type]
         assert result == deployed

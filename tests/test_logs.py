@@ -432,4 +432,14 @@ def test_what_is_not_for_loggers_is_not_logged(quiet_trainer: TrainerMaker) -> N
     quiet_trainer(max_epochs=1, callbacks=[QuantFusionCallback("int8", verbose=0)], logger=rows).fit(Silent(), loader())
     (ours,) = rows.hparams
     assert "secret" not in ours
-    assert ours["quant/config_list"] == "int8" or ours["quant/config_list"] == ["int8"]
+    assert ours["quant/config_list"] == "int8"
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_trainer_that_is_to_log_no_settings_logs_none(epochs: int, quiet_trainer: TrainerMaker) -> None:
+    rows = Rows()
+    callback = QuantFusionCallback(FUSED, log_every_n_steps=1, verbose=0)
+    options: dict[str, Any] = {"max_epochs": epochs, "logger": rows, "enable_autolog_hparams": False}
+    quiet_trainer(callbacks=[callback], **options).fit(Named(), loader(), loader(seed=1))
+    assert rows.hparams == []
+    assert bool(rows.rows) == (epochs > 0), "measurements are no settings"

@@ -33,7 +33,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from toys import FUSED, Lit, Net, loader
 
 from lightning_quant import QuantFusionCallback
-from lightning_quant.prepare import learned_parameters, quantizer_state
+from lightning_quant.prepare import learned_parameters, prepared_groups, quantizer_state
 
 TrainerMaker = Callable[..., Trainer]
 SCHEDULE = {"observe_stop": "epoch 3", "freeze_batch_norm": "epoch 3"}
@@ -170,6 +170,20 @@ class Batched(Lit):
 
     def train_dataloader(self) -> Any:
         return loader(batch=self.batch_size)
+
+
+class Rarely(Two):
+    """One optimizer, stepped by hand after every fourth batch."""
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), 0.01)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        if batch_idx % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------------------
@@ -385,3 +399,59 @@ def assert_one_best(make: TrainerMaker, row: Row, trainer: Trainer, model: Lit, 
     else:
         assert there == shipped
     assert (here == shipped) == row.best_is_deployed
+
+
+# -- the default schedule where optimizers are stepped by hand -----------------------------------------------------------------
+
+
+class Moments(Callback):
+    """Whether ranges move, batch by batch; may save a checkpoint before or after a batch."""
+
+    def __init__(self, save: str = "", path: Path | None = None) -> None:
+        self.observes: list[bool] = []
+        self.save, self.path = save, path
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.save == "before" and len(self.observes) == 9:
+            trainer.save_checkpoint(str(self.path))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.observes.append(prepared_groups(pl_module)["conv1"][1].phase.observe)
+        if self.save == "after" and len(self.observes) == 9:
+            trainer.save_checkpoint(str(self.path))
+
+
+@pytest.mark.parametrize(
+    ("model", "limits", "moving", "still"),
+    [
+        (Lit, {"max_epochs": 5}, 18, 2),
+        (Two, {"max_epochs": 5}, 18, 2),
+        (Rarely, {"max_epochs": 5}, 18, 2),
+        (Two, {"max_steps": 40}, 18, 2),
+        (Two, {"max_epochs": 5, "max_steps": 20}, 9, 1),
+        (Two, {"max_epochs": 5, "max_steps": 200}, 18, 2),
+        (Rarely, {"max_epochs": -1, "max_steps": 10}, 36, 4),
+    ],
+)
+def test_ranges_stand_still_for_the_last_tenth(
+    model: type[Lit], limits: dict[str, int], moving: int, still: int, quiet_trainer: TrainerMaker
+) -> None:
+    moments = Moments()
+    quiet_trainer(callbacks=[QuantFusionCallback(FUSED, verbose=0), moments], **limits).fit(model(), loader(), loader(seed=1))
+    assert moments.observes == [True] * moving + [False] * still
+
+
+@quietly
+@pytest.mark.parametrize("save", ["before", "after"])
+@pytest.mark.parametrize("model", [Two, Rarely])
+def test_a_share_is_the_same_after_a_resume_within_an_epoch(
+    model: type[Lit], save: str, quiet_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    """Saved when 9 of 20 batches were through, whichever hook it was."""
+    path = tmp_path / "within.ckpt"
+    first, second = Moments(save, path), Moments()
+    for moments, given in ((first, None), (second, path)):
+        callbacks = [QuantFusionCallback(FUSED, verbose=0), moments]
+        quiet_trainer(max_epochs=5, callbacks=callbacks).fit(model(), loader(), loader(seed=1), ckpt_path=given)
+    assert first.observes == [True] * 18 + [False] * 2
+    assert second.observes == [True] * 9 + [False] * 2

@@ -20,7 +20,7 @@ import zoo_more  # noqa: F401  (registers its nets)
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from toys import FUSED, Lit, Net, fingerprint, loader
+from toys import FUSED, Calls, Lit, Net, fingerprint, loader
 from zoo import ZOO
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model, restore_model, summarize
@@ -256,6 +256,18 @@ def test_without_ranges_bytes_are_not_known() -> None:
     measured = summarize(net, example_input=X)
     assert measured.multiply_adds
     assert all(one.tensors["_input_"].signal_to_noise is None for one in measured.layers)
+    assert measured.signal_to_noise is None, "nothing was rounded, so nothing is exact"
+    unknown = "no ranges yet: conv1, conv2, fc; what quantization costs the model's outputs is therefore unknown"
+    assert measured.notes == (unknown,)
+    assert "signal-to-noise" not in str(measured)
+
+
+def test_an_operator_without_ranges_is_named() -> None:
+    net = Calls(lambda net, x: net.fc(x) + x, fc=nn.Linear(4, 4))
+    prepare_model(net, make_plan(net, [{"op_types": ["add"]}], example_input=torch.randn(2, 4)))
+    (note,) = summarize(net).notes
+    assert note == "no ranges yet: add"
+    assert summarize(net, example_input=torch.randn(2, 4)).signal_to_noise is None
 
 
 def test_weights_alone_have_no_ranges_to_wait_for() -> None:
@@ -291,6 +303,18 @@ def test_a_deployed_model() -> None:
     assert "float weights are gone" in str(report)
 
 
+def test_a_deployed_activation_is_unsigned_and_it_is_said() -> None:
+    signed = {"quant_dtype": "int8", "quant_scheme": "symmetric"}
+    net = prepared(Net(), [{"op_names": ["conv1"], "target_names": ["_input_"], "target_settings": {"_input_": signed}}])
+    before, report = layer(summarize(net), "conv1").tensors["_input_"], summarize(convert_model(net))
+    after = layer(report, "conv1").tensors["_input_"]
+    assert (before.dtype, before.zero_point) == ("int8", (0, 0))
+    assert (after.dtype, after.zero_point, after.scale) == ("uint8", (128, 128), before.scale)
+    assert "deployed activations are unsigned integers: what was configured as int8 is uint8, its zero point" in str(report)
+    weights = convert_model(prepared(Net(), "int8-weight-only"))
+    assert "unsigned" not in str(summarize(weights))
+
+
 def test_neither_prepared_nor_deployed_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"summarize: Net is neither prepared nor deployed; call prepare_model\(model, plan\)"):
         summarize(Net())
@@ -311,8 +335,15 @@ def test_after_a_fit(quiet_trainer: Callable[..., Trainer]) -> None:
 def test_a_forward_that_fails_leaves_everything_as_it_was() -> None:
     net = prepared(Net())
     state, phases = copy.deepcopy(quantizer_state(net)), fingerprint(net)
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(
+        ConfigError, match=r"example_input: the forward of Net failed: .*channels.* Give what the model is called"
+    ):
         summarize(net, example_input=torch.randn(2, 5, 8, 8))
+    for model in (net, convert_model(net)):
+        with pytest.raises(
+            ConfigError, match=r"example_input: the forward of Net failed: .*Give what the model is called with: a"
+        ):
+            summarize(model, example_input="foo")
     assert quantizer_state(net) == state
     assert [one[:3] for one in fingerprint(net)] == [one[:3] for one in phases]
     assert net.training

@@ -17,7 +17,7 @@ NEVER = Schedule(observe_start=None, observe_stop=None, quantize_start=None, fre
 
 
 def at(step: int, epoch: int = 0, total: float = 100) -> Clock:
-    return Clock(step=step, epoch=epoch, total_steps=total)
+    return Clock(step=step, epoch=epoch, done=step, length=total)
 
 
 # -- one moment ---------------------------------------------------------------------------------------------------------
@@ -77,6 +77,13 @@ def test_a_share_of_an_unknown_run_is_never_reached(share: Moment) -> None:
 def test_epochs_and_steps_need_no_length(moment: Moment, reached: bool) -> None:
     schedule = dataclasses.replace(NEVER, quantize_start=moment)
     assert schedule.phase_at(at(5, epoch=2, total=math.inf)).quantize is reached
+
+
+@pytest.mark.parametrize("step", [0, 9_000])
+def test_a_share_counts_what_is_done_and_not_steps(step: int) -> None:
+    schedule = dataclasses.replace(NEVER, quantize_start=0.5)
+    reached = [done for done in range(20) if schedule.phase_at(Clock(step=step, epoch=0, done=done, length=20)).quantize]
+    assert reached == list(range(10, 20))
 
 
 # -- the phase: one field moves one flag --------------------------------------------------------------------------------
