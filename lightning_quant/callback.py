@@ -178,7 +178,9 @@ class QuantFusionCallback(ManyProcesses):
         check_precision(trainer)
         stand_before_finetuning(trainer, self)
         self._module = pl_module if self._module is pl_module and prepared_groups(pl_module) else None
-        self._pending, self._late, self._restored = None, False, False
+        self._pending, self._late = None, False
+        self.load_state_dict(self._left_for(trainer, pl_module, stage))
+        self._restored = False  # that was no checkpoint's
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -231,7 +233,7 @@ class QuantFusionCallback(ManyProcesses):
                 self._set_phase(pl_module, Phase(observe=False))
         elif state is not None:
             self._load(pl_module, state)
-        self._join_ranks(trainer, pl_module, parameters=bool(calls) or self.calibration.equalize)
+        self._join_ranks(trainer, pl_module, parameters=bool(calls) or self.calibration.equalize, observe=self._phase.observe)
         if not self._late:
             self._groups.begin(trainer, pl_module, resumed=self._restored)
         self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
@@ -291,9 +293,9 @@ class QuantFusionCallback(ManyProcesses):
         clock = clock_of(trainer, pl_module, self._total_steps)
         assert self.plan is not None
         phase, layers = self.schedule.phase_at(clock), self.schedule.layers_at(clock, len(self.plan.layers))
-        before, now, of = (self._phase, self._layers), (phase, layers), len(self.plan.layers)
+        before, now = (self._phase, self._layers), (phase, layers)
         if now != before:
-            self.logs.change(trainer, before, now, of, verbose=self.verbose)
+            self.logs.change(trainer, before, now, len(self.plan.layers), verbose=self.verbose)
             self._set_phase(pl_module, phase, layers)
         self.logs.begin_step(trainer, pl_module)
 
@@ -324,6 +326,7 @@ class QuantFusionCallback(ManyProcesses):
     def _set_phase(self, pl_module: pl.LightningModule, phase: Phase, layers: int | None = None) -> None:
         self._phase, self._layers = phase, len(prepared_groups(pl_module)) if layers is None else layers
         apply_phase(pl_module, phase, layers)
+        self._watch(phase.observe)
 
     # Whatever moved the weights since the last eval mode (an averaging callback, a loaded checkpoint), an evaluation begins with
     # fresh integers, folded at its first forward, after every callback's start hook.
@@ -433,9 +436,7 @@ class QuantFusionCallback(ManyProcesses):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Ranges by target name, the phase, the config_list and settings as they were read."""
-        if self._module is None:
-            return dict(self._pending or {})
-        return self._state(self._module)
+        return dict(self._pending or self._elsewhere()) if self._module is None else self._state(self._module)
 
     def _state(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         return {

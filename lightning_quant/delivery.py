@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,22 @@ def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
 class Handover:
     """What the process that trained hands to the one that called fit (ddp_spawn, ddp_notebook): a file, read once.
 
-    Nothing else that the callback learns while training comes back from there. `path` is made up before the processes part.
+    Nothing else that the callback learns while training comes back from there. `path` is made up before the processes part, and
+    stays the same in what is pickled; a copy has its own. The process that made it up removes the file, at its end if not before.
     """
 
     def __init__(self) -> None:
         self.path = Path(tempfile.gettempdir()) / f"lightning_quant-{uuid.uuid4().hex}.pt"
+        self.owner = os.getpid()
         self.waiting = True  # whether a fit may have ended elsewhere; not so where this process fits
+        weakref.finalize(self, _remove, self.path, self.owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
+        twin = Handover()
+        twin.waiting = self.waiting
+        if self.path.is_file():
+            os.link(self.path, twin.path)
+        return twin
 
     def give(self, **parts: Any) -> dict[str, str]:
         """Write the file. Of parts that cannot be pickled nothing is handed over; returns the reasons, by name."""
@@ -68,12 +80,20 @@ class Handover:
         return failed
 
     def take(self) -> dict[str, Any]:
-        """The parts, if a fit has ended elsewhere since; the file is gone then."""
+        """The parts, if a fit has ended elsewhere since; the file is gone then. Processes of a later fit or test only read it."""
         if not self.waiting or not self.path.is_file():
             return {}
         content = torch.load(self.path, weights_only=True)
-        self.path.unlink()
+        if os.getpid() == self.owner:
+            self.path.unlink()
+        else:
+            self.waiting = False
         return {name: torch.load(io.BytesIO(part), map_location="cpu", weights_only=False) for name, part in content.items()}
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has a copy of what is to be finalized
+        path.unlink(missing_ok=True)
 
 
 def fits_elsewhere(trainer: pl.Trainer) -> bool:
@@ -112,13 +132,32 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def hand_over(handover: Handover, plan: Any, deployed: nn.Module | None, entry: str, folder: Path, example: Any) -> None:
-    """Hand plan and deployed model to the process that called fit; a model that cannot be pickled by a file, `model.pt2`.
+def fingerprint(model: nn.Module) -> str:
+    """Tells the module that was fitted from others: its parameters' names, shapes and values, of whatever dtype."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        if not isinstance(parameter, nn.UninitializedParameter):
+            digest.update(parameter.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
-    `entry`: the name of the module that the file holds, called with `example`.
+
+def hand_over(
+    handover: Handover, parts: Mapping[str, Any], deployed: nn.Module | None, entry: str, folder: Path | None, example: Any
+) -> None:
+    """Hand `parts` and a deployed model to the process that called fit; a model that cannot be pickled by a file, `model.pt2`.
+
+    `entry`: the name of the module that the file holds, called with `example`. Without a `folder` no such file is written.
     """
-    failed = handover.give(plan=plan, deployed=deployed)
+    failed = handover.give(**parts, deployed=deployed)
     if "deployed" not in failed:
+        return
+    if folder is None:  # a trial run overwrites nothing
+        rank_zero_warn(
+            f"QuantFusionCallback: the deployed model cannot be pickled ({failed['deployed']}); in the process that called fit, "
+            "deployed_model is None after a fast_dev_run."
+        )
+        handover.give(**parts, deployed=None)
         return
     rank_zero_warn(
         f"QuantFusionCallback: the deployed model cannot be pickled ({failed['deployed']}); in the process that called fit, "
@@ -126,7 +165,7 @@ def hand_over(handover: Handover, plan: Any, deployed: nn.Module | None, entry: 
     )
     assert deployed is not None
     write_files(deployed.get_submodule(entry), folder, {".pt2": {}}, example, verbose=0)
-    handover.give(plan=plan, file=str(folder / "model.pt2"))
+    handover.give(**parts, file=str(folder / "model.pt2"))
 
 
 def unfinished(model: nn.Module, phase: Phase, layers: int, schedule: Schedule) -> str | None:

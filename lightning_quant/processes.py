@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_quant.delivery import Handover, fits_elsewhere, hand_over
+from lightning_quant.delivery import Handover, fingerprint, fits_elsewhere, hand_over
 from lightning_quant.export import load_deployed
 from lightning_quant.layers import Plan
 from lightning_quant.ranks import Ranks, begin_alike, check_same_plan, check_strategy, from_first, statistics_of_first, together
@@ -30,6 +32,7 @@ class ManyProcesses(Callback):
         self._handover = Handover()
         self._plan: Plan | None = None
         self._deployed: nn.Module | None = None
+        self._left: dict[str, Any] = {}  # the callback's state at the end of a fit elsewhere, and the module's fingerprint
         self._ranks: Ranks | None = None  # in training with several processes
 
     # -- what comes back --------------------------------------------------------------------------------------------
@@ -57,15 +60,34 @@ class ManyProcesses(Callback):
     def _take_over(self) -> None:
         """Take what a fit left that ran in processes of its own."""
         if found := self._handover.take():
-            self._plan = found.get("plan")
-            self._deployed = load_deployed(found["file"]) if "file" in found else found["deployed"]
+            self._plan, self._left = found.get("plan"), found.get("left") or {}
+            self._deployed = load_deployed(found["file"]) if "file" in found else found.get("deployed")
+
+    def _elsewhere(self) -> dict[str, Any]:
+        """The callback's state at the end of the last fit, if that ran elsewhere."""
+        self._take_over()
+        return dict(self._left.get("state", {}))
+
+    def _left_for(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, Any]:
+        """That state, if `pl_module` is what was fitted (told by its weights, since a process may have a copy); else it goes."""
+        if (state := self._elsewhere()) and self._left["module"] != fingerprint(pl_module):
+            self._left, state = {}, {}
+            if stage != "fit" and not trainer.ckpt_path:
+                rank_zero_warn(
+                    f"{type(self).__name__}: the weights are not those with which the last fit ended in its own processes, so "
+                    f"{stage} shows the float model. Give ckpt_path= to show what a checkpoint holds."
+                )
+        return state
 
     def _hand_over(self, trainer: pl.Trainer, entry: str, folder: Path, example: Any) -> None:
         """The end of a fit: leave plan and deployed model to the process that called it, if that is another one."""
         if not fits_elsewhere(trainer):
-            self._handover.waiting = True
+            self._handover.waiting, self._left = True, {}
         elif trainer.is_global_zero:
-            hand_over(self._handover, self._plan, self._deployed, entry, folder, example)
+            state = self.state_dict()
+            left = {"state": state, "module": fingerprint(trainer.lightning_module)} if state else {}
+            place = None if getattr(trainer, "fast_dev_run", False) else folder
+            hand_over(self._handover, {"plan": self._plan, "left": left}, self._deployed, entry, place, example)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -78,14 +100,28 @@ class ManyProcesses(Callback):
         """
         check_strategy(trainer.strategy)
         if stage == "fit":
+            self._take_over()
             self._handover.waiting = False
+            if fits_elsewhere(trainer):
+                trainer.strategy.barrier()  # all have read what the last fit left
+                if trainer.is_global_zero:  # if this one fails, nothing of the last may look like its result
+                    self._handover.give(plan=None, deployed=None)
 
-    def _join_ranks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, parameters: bool) -> None:
-        """Begin alike in all processes, and merge from now on. `parameters`: the weights have changed since they were equal."""
+    def _join_ranks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, parameters: bool, observe: bool) -> None:
+        """Begin alike in all processes, and merge from now on.
+
+        `parameters`: the weights have changed since they were equal. `observe`: whether ranges are to move now.
+        """
         if trainer.world_size > 1:
             check_same_plan(pl_module)
             begin_alike(pl_module, parameters=parameters)
             self._ranks = Ranks(pl_module, trainer.strategy.root_device)
+            self._watch(observe)
+
+    def _watch(self, observe: bool) -> None:
+        """Ranges move from now on, or do not."""
+        if self._ranks is not None:
+            self._ranks.watch(observe)
 
     def _leave_ranks(self) -> None:
         if self._ranks is not None:
@@ -107,7 +143,7 @@ class ManyProcesses(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """No other process is waited for after this."""
         self._leave_ranks()
-        self._handover.waiting = not fits_elsewhere(trainer)
+        self._handover.waiting = not fits_elsewhere(trainer) or self._handover.owner == os.getpid()  # who called fit is told, too
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

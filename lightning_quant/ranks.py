@@ -197,6 +197,11 @@ class Ranks:
         for one in (*self.learned, *self.counted, *self.ranged):
             one.noted = []
 
+    def watch(self, observe: bool) -> None:
+        """Note what is observed, or nothing, while ranges do not move: a compiler can follow the layers then. Between batches."""
+        for one in (*self.counted, *self.ranged):
+            one.noted = (one.noted or []) if observe else None
+
     def leave(self) -> None:
         """Have every quantizer observe for itself again."""
         for one in (*self.learned, *self.counted, *self.ranged):

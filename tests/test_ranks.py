@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import pickle
@@ -215,7 +216,11 @@ def test_the_process_that_called_fit_has_the_deployed_model(strategy: str, tmp_p
         assert torch.equal(found["out"], found["filed"])
         float_out = restore_model(model).eval()(x)
     assert 0 < float((float_out - found["out"]).abs().max()) < 0.5
-    assert math.isfinite(found["test"])
+    assert found["test"] == found["deployed"] == found["alone"], "the parent's module is quantized when it is tested"
+    assert found["best"] == found["deployed"]
+    assert found["saved"] == saved["callbacks"]["QuantFusionCallback"]["decisions"]
+    assert found["failed"] == "RuntimeError", found["failed"]
+    assert found["stale"] is False, "what the fit before has left is not taken for the result of one that failed"
 
 
 class Unpicklable(Net):
@@ -232,12 +237,32 @@ def test_a_model_that_cannot_be_pickled_is_handed_over_by_its_file(tmp_path: Pat
     deployed = convert_model(model)
     callback = QuantFusionCallback(FUSED)
     with pytest.warns(UserWarning, match=r"the deployed model cannot be pickled .*model\.pt2 holds"):
-        hand_over(callback._handover, plan, deployed, "", tmp_path, x)
+        hand_over(callback._handover, {"plan": plan}, deployed, "", tmp_path, x)
     found = callback.deployed_model
     assert found is not None
     with torch.no_grad():
         assert torch.equal(found(x), deployed(x))
     assert str(callback.plan) == str(plan)
+
+
+def test_a_copy_of_a_callback_has_its_own_file_and_none_stays() -> None:
+    given = Handover()
+    given.give(plan="what")
+    twin = copy.deepcopy(given)
+    assert twin.path != given.path
+    assert (twin.take(), given.take()) == ({"plan": "what"}, {"plan": "what"})
+    given.give(plan="again")
+    path = given.path
+    del given
+    gc.collect()
+    assert not path.exists()
+
+
+def test_a_trial_run_writes_no_file_for_a_model_that_cannot_be_pickled(tmp_path: Path) -> None:
+    given = Handover()
+    with pytest.warns(UserWarning, match="deployed_model is None after a fast_dev_run"):
+        hand_over(given, {"plan": "what"}, Unpicklable(), "", None, torch.zeros(1, 3, 8, 8))
+    assert given.take() == {"plan": "what", "deployed": None}
 
 
 def test_what_is_handed_over_is_for_its_owner_only_and_read_once() -> None:
@@ -351,6 +376,10 @@ def test_observers_note_nothing_before_and_after() -> None:
     noting = [one for one in ranks.ranged if one.noted]
     assert len(noting) == len(ranks.ranged) == 3
     assert not any(one.traces for one in noting), "a compiler cannot follow a list that grows"
+    ranks.watch(observe=False)
+    assert all(one.traces for one in ranks.ranged), "nothing is noted while ranges are frozen"
+    ranks.watch(observe=True)
+    assert not any(one.traces for one in ranks.ranged)
     ranks.leave()
     model(torch.randn(2, 3, 8, 8))
     assert all(one.noted is None and one.traces for one in ranks.ranged)

@@ -425,6 +425,11 @@ ONLY_TWO: dict[str, Callable[[Path], Any]] = {
 # -- fits in processes of their own -----------------------------------------------------------------------------------------
 
 
+class Fails(Lit):
+    def on_train_epoch_start(self) -> None:
+        raise RuntimeError("fails on purpose")
+
+
 def elsewhere(folder: Path, strategy: str) -> dict[str, Any]:
     """What the process that calls fit has when its children have trained."""
     torch.manual_seed(0)
@@ -440,8 +445,20 @@ def elsewhere(folder: Path, strategy: str) -> dict[str, Any]:
         found = left(model, before=before, out=callback.deployed_model(x), filed=load_deployed(place / "model.pt2")(x))
     found.update(plan=str(callback.plan), kind=type(callback.deployed_model).__name__, handed=callback._handover.path.exists())
     found["files"] = sorted(one.name for one in place.iterdir())
-    (tested,) = trainer_of(folder).test(model, loader((3, 8, 8), 2, seed=1), ckpt_path=place / "last.ckpt", verbose=False)
-    return {**found, "test": tested["test_loss"], "kinds": [type(module).__name__ for module in model.children()]}
+    found["kinds"] = [type(module).__name__ for module in model.children()]
+    trainer.save_checkpoint(folder / "parent.ckpt")
+    found["saved"] = torch.load(folder / "parent.ckpt", weights_only=True)["callbacks"]["QuantFusionCallback"]["decisions"]
+    data, deployed = loader((3, 8, 8), 2, seed=1), callback.deployed_model
+    assert isinstance(deployed, Lit)
+    found["test"] = trainer.test(model, data, verbose=False)[0]["test_loss"]  # in processes of its own
+    found["best"] = trainer.test(model, data, ckpt_path="best", verbose=False)[0]["test_loss"]
+    found["deployed"] = trainer_of(folder).test(deployed, data, verbose=False)[0]["test_loss"]
+    found["alone"] = trainer_of(folder, callback).test(model, data, verbose=False)[0]["test_loss"]
+    try:
+        trainer_of(folder, callback, strategy=strategy, devices=2).fit(Fails(), loader((3, 8, 8)))
+    except Exception as error:  # noqa: BLE001  (a launcher's own)
+        found["failed"] = "RuntimeError" if "fails on purpose" in str(error) else str(error)
+    return {**found, "stale": callback.deployed_model is not None}
 
 
 def main(folder: Path, rank: int) -> None:
