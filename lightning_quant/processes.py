@@ -75,7 +75,7 @@ class ManyProcesses(Callback):
             if stage != "fit" and not trainer.ckpt_path:
                 rank_zero_warn(
                     f"{type(self).__name__}: the weights are not those with which the last fit ended in its own processes, so "
-                    f"{stage} shows the float model. Give ckpt_path= to show what a checkpoint holds."
+                    f"{getattr(stage, 'value', stage)} shows the float model. Give ckpt_path= to show what a checkpoint holds."
                 )
         return state
 

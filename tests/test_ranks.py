@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from toys import FUSED, Lit, Net, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model
-from lightning_quant.delivery import Handover, hand_over
+from lightning_quant.delivery import Handover, fingerprint, hand_over
 from lightning_quant.group import group_of
 from lightning_quant.learned import First
 from lightning_quant.prepare import load_quantizer_state, members_of, relink, restore_model
@@ -278,6 +278,29 @@ def test_what_is_handed_over_is_for_its_owner_only_and_read_once() -> None:
     assert given.take()["plan"] == "what"
     assert given.take() == {}
     assert not given.path.exists()
+
+
+def test_what_a_fit_elsewhere_left_is_for_its_weights_only(tmp_path: Path) -> None:
+    """The state that came back belongs to the weights that came back."""
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    model, fitted = Lit(), QuantFusionCallback(FUSED, verbose=0)
+    Trainer(max_epochs=1, callbacks=[fitted], default_root_dir=tmp_path, **options).fit(model, loader(), loader(seed=1))
+    for same in (True, False):
+        other, callback = Lit(), QuantFusionCallback(FUSED, verbose=0)
+        other.load_state_dict(model.state_dict())
+        callback._left = {"state": fitted.state_dict(), "module": fingerprint(other)}
+        trainer = Trainer(callbacks=[callback], **options)
+        if same:
+            found = trainer.test(other, loader(seed=1), verbose=False)
+            assert found == Trainer(**options).test(model, loader(seed=1), verbose=False)
+            continue
+        with torch.no_grad():
+            other.get_parameter("fc.weight").mul_(2)
+        with pytest.warns(
+            UserWarning, match="not those with which the last fit ended in its own processes, so test shows the fl"
+        ):
+            trainer.test(other, loader(seed=1), verbose=False)
+        assert group_of(other.get_submodule("conv1")) is None
 
 
 def test_a_callback_can_be_pickled_whatever_it_was_given(tmp_path: Path) -> None:
