@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import Logger
+from test_phases import Rows
 from torch import Tensor, nn
 from torchmetrics.functional.audio import signal_noise_ratio
 from toys import FUSED, Lit, Net, loader
@@ -187,28 +187,6 @@ METHODS: list[dict[str, Any]] = [
     {"observer": "mse"},
     {"target_settings": {"_output_": {"granularity": "per_channel"}, "_input_": {"granularity": "per_channel"}}},
 ]
-
-
-class Rows(Logger):
-    """Keeps what it is given."""
-
-    name = "rows"
-    version = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: dict[int, dict[str, float]] = {}
-        self.hparams: list[dict[str, Any]] = []
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.hparams.append(dict(params))
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        ours = {key: value for key, value in metrics.items() if key.startswith("quant/")}
-        if ours:
-            assert step is not None
-            assert step not in self.rows, "one row a step"
-            self.rows[step] = ours
 
 
 @pytest.mark.parametrize("keys", METHODS, ids=lambda keys: str(next(iter(keys.values())))[:10])

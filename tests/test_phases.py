@@ -567,6 +567,7 @@ class Rows(Logger):
         super().__init__()
         self.every = every
         self.rows: dict[int, dict[str, float]] = {}
+        self.hparams: list[dict[str, Any]] = []
 
     name = "rows"
     version = 0
@@ -576,7 +577,8 @@ class Rows(Logger):
         """The steps that are measured: the others only say that a phase begins, by three numbers."""
         return {step: row for step, row in self.rows.items() if (step + 1) % self.every == 0 or len(row) > 3}
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.hparams.append(dict(params))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         ours = {key: value for key, value in metrics.items() if key.startswith("quant/")}
