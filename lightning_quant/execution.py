@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import ConfigError
-from lightning_quant.onnx_graph import NOTE, module_of, require
+from lightning_quant.onnx_graph import APART, NOTE, module_of, require
 from lightning_quant.runtime import optimized_graph
 from lightning_quant.tables import html_table, text_table
 
@@ -60,6 +60,8 @@ class ExecutionReport:
         slow = [node for node in self.products if not node.integer]
         number = len(self.products)
         text = f"{number - len(slow)} of {number} products run in int8, {self.int8_share:.1%} of the multiply-adds"
+        if unknown := sum(not node.multiply_adds for node in self.products):
+            text += f" (without {unknown} whose shape is not known)"
         names = ", ".join(dict.fromkeys(f"{node.module or 'the model'} ({node.reason})" for node in slow[:3]))
         more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
         return f"{text}; in float: {names}{more}" if slow else text
@@ -90,6 +92,7 @@ class ExecutionReport:
 
 _HEAD = ["module", "operator", "runs in", "multiply-adds", "why, and what to do"]
 _INTEGER_PRODUCTS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger")
+_MULTIPLY = ("Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention")
 # What carries numbers as they come: in int8 where those are.
 _CARRIERS = (
     "MaxPool",
@@ -105,7 +108,19 @@ _CARRIERS = (
     "Slice",
 )
 _SILENT = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Identity", "Split", "Tile")
-_PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Cast", "Shape", "Constant", "ConstantOfShape", "Range", "Size", "NonZero")
+_PLUMBING = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Cast",
+    "Shape",
+    "Constant",
+    "ConstantOfShape",
+    "Range",
+    "Size",
+    "NonZero",
+    "ReorderInput",
+    "ReorderOutput",
+)
 _WITH_KERNEL = (
     "Add",
     "Mul",
@@ -141,30 +156,35 @@ def execution_report(path: str | os.PathLike[str]) -> ExecutionReport:
 
 def _nodes(written: Any, run: Any, work: Mapping[str, int]) -> list[NodeRun]:
     files = _Graph(written)
-    integers = _integer_values(run)
-    found: list[NodeRun] = []
+    integers, sizes = _integer_values(run), _sizes(run)
+    found: list[tuple[int, NodeRun]] = []
+    kernels: dict[str, str] = {}
     for node in run.node:
-        origin = files.origin(node, work)
-        if origin is not None:
-            integer = node.op_type in _INTEGER_PRODUCTS
-            reason, remedy = ("", "") if integer else files.reason(origin)
-            name, number = module_of(origin.name), work[origin.name]
-            run_as = NodeRun(
-                module=name,
-                operator=node.op_type,
-                integer=integer,
-                multiply_adds=number,
-                product=True,
-                reason=reason,
-                remedy=remedy,
-            )
-            found.append(run_as)
-        elif node.op_type not in (*_PLUMBING, *_SILENT) and not files.about_shapes(node):
+        if any(word in node.op_type for word in _MULTIPLY):
+            origin = files.origin(node, work)
+            if origin and kernels.get(origin) not in _INTEGER_PRODUCTS:
+                kernels[origin] = node.op_type
+        elif node.op_type not in (*_PLUMBING, *_SILENT) and not (node.name.endswith(APART) or sizes.issuperset(node.output)):
             integer = node.op_type.startswith("QLinear") or (node.op_type in _CARRIERS and node.input[0] in integers)
             reason, remedy = ("", "") if integer else _why_float(node.op_type)
-            name = module_of(node.name) if "/" in node.name else ""
-            found.append(NodeRun(module=name, operator=node.op_type, integer=integer, reason=reason, remedy=remedy))
-    return found
+            name, place = module_of(node.name) if "/" in node.name else "", files.place(node)
+            found.append((place, NodeRun(module=name, operator=node.op_type, integer=integer, reason=reason, remedy=remedy)))
+    for name, number in work.items():  # one that is not found by its name has been fused into, or named as, something in float
+        node = files.nodes[name]
+        kernel = kernels.get(name, node.op_type)
+        integer = kernel in _INTEGER_PRODUCTS
+        reason, remedy = ("", "") if integer else files.reason(node)
+        run_as = NodeRun(
+            module=module_of(name),
+            operator=kernel,
+            integer=integer,
+            multiply_adds=number,
+            product=True,
+            reason=reason,
+            remedy=remedy,
+        )
+        found.append((files.place(node), run_as))
+    return [run_as for _, run_as in sorted(found, key=lambda one: one[0])]
 
 
 def _integer_values(graph: Any) -> set[str]:
@@ -180,6 +200,17 @@ def _integer_values(graph: Any) -> set[str]:
     return found
 
 
+def _sizes(graph: Any) -> set[str]:
+    """The names of values that are computed from shapes and constants alone."""
+    (onnx,) = require("onnx")
+    whole = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
+    found = {tensor.name for tensor in graph.initializer if tensor.data_type in whole}
+    for node in graph.node:
+        if node.op_type in ("Shape", "Size") or (node.input and found.issuperset(name for name in node.input if name)):
+            found.update(node.output)
+    return found
+
+
 def _why_float(operator: str) -> tuple[str, str]:
     if operator in _WITH_KERNEL:
         return "not all that it reads and makes is on a grid", "quantize its inputs and its output (op_types, target_names)"
@@ -191,6 +222,7 @@ class _Graph:
 
     def __init__(self, graph: Any) -> None:
         self.nodes = {node.name: node for node in graph.node}
+        self.places = {name: place for place, name in enumerate(self.nodes)}
         self.makers = {name: node for node in graph.node for name in node.output}
         self.readers: dict[str, list[Any]] = {}
         for node in graph.node:
@@ -198,23 +230,20 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
         self.stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
 
-    def origin(self, node: Any, work: Mapping[str, int]) -> Any:
-        """The node of the file that multiplies matrices and that onnxruntime made this one of; it extends the names."""
+    def origin(self, node: Any, work: Mapping[str, int]) -> str:
+        """The name of the node that multiplies matrices in the file and that onnxruntime made this one of; it extends names."""
         name = re.sub(r"_token_\d+$", "", node.name)
         while name and name not in work:
             cut = max(name.rfind("/"), name.rfind("_"))
             name = name[:cut] if cut > 0 else ""
-        made = {self.makers[value].name for value in node.output if value in self.makers}
-        name = name or next((one for one in made if one in work), "")
-        multiplies = any(word in node.op_type for word in ("Conv", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Attention"))
-        return self.nodes[name] if name and multiplies else None
+        made = (self.makers[value].name for value in node.output if value in self.makers)
+        return name or next((one for one in made if one in work), "")
 
-    def about_shapes(self, node: Any) -> bool:
-        """Whether a node only computes sizes: all that it reads comes from shapes and constants."""
-        (onnx,) = require("onnx")
-        whole = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
-        known = [self.makers.get(name) for name in node.input if name and self.stored.get(name) not in whole]
-        return bool(node.input) and all(one is not None and one.op_type in ("Shape", "Gather", "Concat") for one in known)
+    def place(self, node: Any) -> int:
+        """Where in the file a node of the optimized graph belongs; at the end if that is not known."""
+        known = [node.name, re.sub(r"_token_\d+$", "", node.name)]
+        known += [self.makers[value].name for value in node.output if value in self.makers]
+        return next((self.places[name] for name in known if name in self.places), len(self.places))
 
     def _source(self, name: str) -> Any:
         """What made a value, behind what only moves it."""
@@ -236,18 +265,20 @@ class _Graph:
         if not fixed and (w.op_type != "DequantizeLinear" or x is None or x.op_type != "DequantizeLinear"):
             return "its inputs are not on grids", "select the operator in config_list (op_types: [matmul]), both inputs"
         if w is None or w.op_type != "DequantizeLinear":
-            kept = w is not None and w.op_type == "Reshape"
-            words = "its weight has scales inside a channel" if kept else "its weight is not quantized"
-            return words, "one scale a channel" if kept else "select it in config_list"
+            return "its weight is not quantized", "select it in config_list"
         if x is None or x.op_type != "DequantizeLinear":
             return "its input is not on a grid", "add '_input_' to its target_names"
-        behind = self.readers.get(node.output[0], [])
-        if not any(reader.op_type == "QuantizeLinear" for reader in behind):
-            if node.op_type == "Conv" and not behind:
-                return "its output is float", "add '_output_' to its target_names"
-            names = ", ".join(dict.fromkeys(reader.op_type for reader in behind)) or "nothing"
-            return f"behind it stands {names}, not a grid", "add '_output_' to its target_names"
-        return "its bias or zero points are not those of an int8 kernel", "export with profile='onnxruntime'"
+        return self._reason_behind(node)
+
+    def _reason_behind(self, node: Any) -> tuple[str, str]:
+        """The same for one whose input and weight are on grids."""
+        if node.op_type != "Conv":
+            return "its module computes in float on rounded tensors", ""
+        behind = ", ".join(dict.fromkeys(reader.op_type for reader in self.readers.get(node.output[0], [])))
+        if "QuantizeLinear" not in behind:
+            why = f"behind it stands {behind}, not a grid" if behind else "its output is float"
+            return why, "add '_output_' to its target_names"
+        return "its module computes in float on rounded tensors", "profile='onnxruntime', if the file was written with another"
 
     def _wide(self, maker: Any) -> bool:
         """Whether a DequantizeLinear reads integers of 16 bits."""

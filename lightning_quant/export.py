@@ -45,6 +45,7 @@ __all__ = [
     "DeployedProgram",
     "Exported",
     "ParityError",
+    "Profile",
     "check_format",
     "check_parity",
     "export_model",

@@ -81,17 +81,24 @@ def _tidy(graph: Any) -> None:
     those of each layer in place and fails on one that two layers share.
     """
     (ir,) = require("onnx_ir")
-    taken: set[str] = set()
+    rounding = (n for n in graph if n.op_type in ("QuantizeLinear", "DequantizeLinear") and not n.inputs[0].is_initializer())
+    taken = {node.inputs[2].name for node in rounding}  # a weight's zero point must not be an activation's, either
     for node in list(graph):
         _pool_for_mean(graph, node)
         _look_up_integers(graph, node)
+        _stay_on_grid(graph, node)
+    for node in list(graph):
+        if node.op_type == "Clip" and _is_needless(node):
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
     names: dict[str, int] = {}
     for node in list(graph):
         _name(node, names)
     for node in list(graph):
         if uses := _apart(node):
             value = uses[0][0].inputs[uses[0][1]]
-            barrier = ir.node("Max", [value], name=f"{value.producer().name}/apart")  # of one: nothing is fused through it
+            barrier = ir.node("Max", [value], name=f"{value.producer().name}{APART}")  # of one: nothing is fused through it
+            barrier.outputs[0].type, barrier.outputs[0].shape = value.type, value.shape
             graph.insert_after(value.producer(), barrier)
             for user, slot in uses:
                 user.replace_input_with(slot, barrier.outputs[0])
@@ -103,6 +110,7 @@ def _tidy(graph: Any) -> None:
                 made.outputs[0].type = ir.TensorType(node.inputs[2].dtype)
 
 
+APART = "/apart"  # ends the names of nodes that do nothing
 NOTE, _SCOPES, _CLASSES = "lightning_quant.", "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 
@@ -167,7 +175,7 @@ def _multiply_adds(node: Any, sizes: Mapping[str, int]) -> int:
 
 
 def _shape(value: Any, sizes: Mapping[str, int]) -> list[int] | None:
-    if value.shape is None:
+    if value.shape is None or any(not isinstance(dim, int) and dim.value is None for dim in value.shape):
         return None
     (sympy,) = require("sympy")  # torch needs it
     known = {name: sympy.Integer(size) for name, size in sizes.items()}
@@ -259,6 +267,51 @@ def _look_up_integers(graph: Any, node: Any) -> None:
         one.metadata_props.update(node.metadata_props)
     graph.insert_before(node, made)
     _take_place(graph, node, rows)
+
+
+def _is_needless(clip: Any) -> bool:
+    """Whether a Clip of floats in front of a grid cuts what comes from the same grid and was cut as far there."""
+    users = [user for user, _ in clip.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "QuantizeLinear":
+        return False
+    grid = [value.const_value.numpy() for value in users[0].inputs[1:3]]
+    low, high = (value.const_value.numpy() for value in clip.inputs[1:3])
+    source = clip.inputs[0].producer()
+    while source is not None:
+        if source.op_type == "DequantizeLinear":
+            same = [value.const_value is not None for value in source.inputs[1:3]] == [True, True] and all(
+                bool((value.const_value.numpy() == mine).all()) for value, mine in zip(source.inputs[1:3], grid, strict=True)
+            )
+            if not same:
+                return False
+        elif source.op_type == "Relu":
+            return bool(low <= 0)
+        elif source.op_type == "Clip":
+            least, most = (value.const_value.numpy() for value in source.inputs[1:3])
+            return bool(low <= least and most <= high)
+        elif source.op_type not in (*_MOVES, "QuantizeLinear"):
+            return False
+        source = source.inputs[0].producer()
+    return False
+
+
+def _stay_on_grid(graph: Any, node: Any) -> None:
+    """A pool of integers gives integers, whoever reads them: say so by a grid behind it, or onnxruntime pools in float."""
+    (ir,) = require("onnx_ir")
+    source = node.inputs[0].producer() if node.op_type == "MaxPool" else None
+    if source is None or source.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+        return
+    grid, uses = list(source.inputs[1:3]), list(node.outputs[0].uses())
+    if all(user.op_type == "QuantizeLinear" for user, _ in uses):
+        return
+    q = ir.node("QuantizeLinear", [node.outputs[0], *grid])
+    back = ir.node("DequantizeLinear", [q.outputs[0], *grid])
+    for made, like in ((q, source.inputs[0]), (back, node.outputs[0])):
+        made.metadata_props.update(node.metadata_props)
+        made.outputs[0].type, made.outputs[0].shape = like.type, node.outputs[0].shape
+    graph.insert_after(node, [q, back])
+    for user, slot in uses:
+        user.replace_input_with(slot, back.outputs[0])
 
 
 def _take_place(graph: Any, node: Any, value: Any) -> None:

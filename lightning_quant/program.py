@@ -78,8 +78,8 @@ def program_of(
     except torch._dynamo.exc.UserError as error:
         free, option = ("free sizes", "dynamic_size") if dynamic_size else ("a free batch size", "dynamic_batch")
         raise ConfigError(
-            f"{type(model).__name__} cannot be exported with {free}: {error}. Mend the forward (a size written as a number?) or give "
-            f"{option}=False."
+            f"{type(model).__name__} cannot be exported with {free}: {error}. Mend the forward (a size written as a number?) or "
+            f"give {option}=False."
         ) from error
     except Exception as error:
         raise ConfigError(
