@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import ConfigError
-from lightning_quant.onnx_graph import APART, NOTE, module_of, require
+from lightning_quant.onnx_notes import APART, NOTE, module_of, require
 from lightning_quant.runtime import optimized_graph
 from lightning_quant.tables import html_table, text_table
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.onnx_graph import require
+from lightning_quant.onnx_notes import require
 from lightning_quant.record import split_example
 from lightning_quant.targets import tensors_in
 

@@ -57,7 +57,7 @@ class Product(nn.Module):
         self.fc = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc(x)
+        y: Tensor = self.fc(x)
         return y @ y.transpose(-1, -2)
 
 
@@ -69,26 +69,26 @@ class Case(NamedTuple):
     remedy: str
 
 
-WHOLE: list[dict[str, Any]] = [{"op_types": ["Conv2d", "Linear", "ConvTranspose2d"]}]
+WHOLE: list[dict[str, Any]] = [{"op_types": ["Conv2d", "Linear"]}]
 CASES = {
     "a layer left out": Case(Branch, [{"op_types": ["Linear"]}], "conv", "its weight is not quantized", "config_list"),
     "no input grid": Case(
         Branch,
-        [*WHOLE, {"op_names": ["conv"], "target_names": ["weight", "_output_"]}],
+        [{"op_types": ["Linear"]}, {"op_names": ["conv"], "target_names": ["weight", "_output_"]}],
         "conv",
         "its input is not on a grid",
         "'_input_'",
     ),
     "no output grid": Case(
         Branch,
-        [*WHOLE, {"op_names": ["conv"], "target_names": ["_input_", "weight"]}, {"op_names": ["fc"], "target_names": ["weight"]}],
+        [{"op_names": ["conv"], "target_names": ["_input_", "weight"]}, {"op_types": ["Linear"]}],
         "conv",
         "behind it stands Reshape, not a grid",
         "'_output_'",
     ),
     "transposed": Case(
         lambda: Branch(nn.ConvTranspose2d(4, 4, 2)),
-        WHOLE,
+        [{"op_types": ["Conv2d", "Linear", "ConvTranspose2d"]}],
         "middle",
         "no int8 kernel for ConvTranspose",
         "OpenVINO",
