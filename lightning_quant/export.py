@@ -319,8 +319,10 @@ def _export(
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
         )
-    if min_int8_share is not None and target.suffix != ".onnx":
-        raise ConfigError(f"min_int8_share: known of .onnx files alone, not of {target.suffix}.")
+    given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
+    given["profile"] = None if profile == "onnxruntime" else profile
+    if target.suffix != ".onnx" and (named := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
     write = _FORMATS[target.suffix][0]
     example = moved(example_input, "cpu")
     program = program_of(deployed, example, dynamic_batch, dynamic_size)

@@ -197,6 +197,13 @@ def _is_needless(clip: Any) -> bool:
     return False
 
 
+def _ends_in_grids(value: Any) -> bool:
+    """Whether all that reads a value rounds it to a grid, or moves it to where that happens."""
+    users = [user for user, _ in value.uses()]
+    moves = (user.op_type in _MOVES and _ends_in_grids(user.outputs[0]) for user in users if user.op_type != "QuantizeLinear")
+    return bool(users) and all(moves)
+
+
 def _stay_on_grid(graph: Any, node: Any) -> None:
     """A pool of integers gives integers, whoever reads them: say so by a grid behind it, or onnxruntime pools in float."""
     (ir,) = require("onnx_ir")
@@ -204,7 +211,7 @@ def _stay_on_grid(graph: Any, node: Any) -> None:
     if source is None or source.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
         return
     grid, uses = list(source.inputs[1:3]), list(node.outputs[0].uses())
-    if all(user.op_type == "QuantizeLinear" for user, _ in uses):
+    if _ends_in_grids(node.outputs[0]):
         return
     q = ir.node("QuantizeLinear", [node.outputs[0], *grid])
     back = ir.node("DequantizeLinear", [q.outputs[0], *grid])

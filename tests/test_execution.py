@@ -138,7 +138,7 @@ def test_too_little_in_int8_is_an_error(tmp_path: Path) -> None:
         export_model(deployed, tmp_path / "model.onnx", example_input=X[:4], min_int8_share=0.9)
     assert not list(tmp_path.iterdir())
     export_model(deployed, tmp_path / "model.onnx", example_input=X[:4], min_int8_share=0.001)
-    with pytest.raises(ConfigError, match=r"min_int8_share: known of \.onnx files alone, not of \.pt2"):
+    with pytest.raises(ConfigError, match=r"min_int8_share: for \.onnx files alone, not for \.pt2"):
         export_model(deployed, tmp_path / "model.pt2", example_input=X[:4], min_int8_share=0.5)
 
 

@@ -260,6 +260,12 @@ def test_the_tensorrt_profile_has_zero_points_of_zero_alone(tmp_path: Path) -> N
     assert not (tmp_path / "other.onnx").exists()
 
 
+@pytest.mark.parametrize("options", [{"profile": "openvino"}, {"signed": True}, {"metadata": {}}], ids=str)
+def test_choices_of_onnx_files_are_refused_for_programs(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(options))}: for \.onnx files alone, not for \.pt2"):
+        export_model(convert_model(trained(FUSED)), tmp_path / "model.pt2", example_input=X, **options)
+
+
 def test_an_unknown_profile(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="profile: expected one of 'onnxruntime', 'openvino', 'tensorrt', got 'tflite'"):
         export_model(convert_model(trained(FUSED)), tmp_path / "m.onnx", example_input=X, profile="tflite")  # type: ignore[arg-type]
