@@ -51,9 +51,14 @@ class ExecutionReport:
 
     @property
     def int8_share(self) -> float:
-        """The share of multiply-adds that run in int8; 1 where nothing is multiplied."""
+        """The share of the known multiply-adds that run in int8; 1 where nothing is multiplied."""
         whole = sum(node.multiply_adds for node in self.products)
         return sum(node.multiply_adds for node in self.products if node.integer) / whole if whole else 1.0
+
+    def keeps(self, least: float) -> bool:
+        """Whether at least this share runs in int8; not where it cannot be known, because work in float has an unknown shape."""
+        unknown = any(not node.integer and not node.multiply_adds for node in self.products)
+        return self.int8_share >= least and not (unknown and least > 0)
 
     def summary(self) -> str:
         """One line."""

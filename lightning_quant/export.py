@@ -341,7 +341,7 @@ def _export(
         if target.suffix == ".onnx":
             _check_default_kernels(beside, target, _call(deployed, example), example, compare, atol, reduce_range)
             execution = replace(execution_report(beside), file=target.name)
-            if min_int8_share is not None and execution.int8_share < min_int8_share:
+            if min_int8_share is not None and not execution.keeps(min_int8_share):
                 raise ParityError(
                     f"{target.name}: onnxruntime would run {execution.int8_share:.1%} of the multiply-adds in int8, less than "
                     f"the {min_int8_share:.1%} of min_int8_share; nothing was written to {target}. {execution.summary()}."

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import FUSED
 
 from lightning_quant import ConfigError, ParityError, convert_model, export_model
-from lightning_quant.execution import execution_report
+from lightning_quant.execution import ExecutionReport, NodeRun, execution_report
 from lightning_quant.export import export_with_reports
 
 
@@ -149,6 +149,15 @@ def test_the_share_counts_free_sizes_as_in_the_example(tmp_path: Path) -> None:
     assert fixed is not None
     assert free is not None
     assert [node.multiply_adds for node in free.products] == [node.multiply_adds for node in fixed.products] == [36 * 4 * 27, 8]
+
+
+def test_unknown_work_in_float_keeps_no_bound() -> None:
+    known = NodeRun(module="a", operator="QGemm", integer=True, multiply_adds=8, product=True)
+    unknown = NodeRun(module="b", operator="MatMul", integer=False, product=True, reason="its inputs are not on grids")
+    report = ExecutionReport(file="m.onnx", nodes=(known, unknown))
+    assert (report.int8_share, report.keeps(0.5), report.keeps(0.0)) == (1.0, False, True)
+    assert "100.0% of the multiply-adds (without 1 whose shape is not known)" in report.summary()
+    assert ExecutionReport(file="m.onnx", nodes=(known,)).keeps(1.0)
 
 
 def test_only_files_of_ours(tmp_path: Path) -> None:
