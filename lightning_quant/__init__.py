@@ -4,10 +4,10 @@
 from lightning_quant.callback import QuantFusionCallback as QuantFusionCallback
 from lightning_quant.config import ConfigError as ConfigError
 from lightning_quant.convert import convert_model as convert_model
-from lightning_quant.export import ParityError as ParityError
 from lightning_quant.export import export_model as export_model
 from lightning_quant.export import load_deployed as load_deployed
 from lightning_quant.fuse import fuse_model as fuse_model
+from lightning_quant.parity import ParityError as ParityError
 from lightning_quant.patterns import register_fusion as register_fusion
 from lightning_quant.plan import make_plan as make_plan
 from lightning_quant.prepare import prepare_model as prepare_model

@@ -31,8 +31,9 @@ from lightning_quant.checkpoints import saves_alone
 from lightning_quant.config import ConfigError, closest
 from lightning_quant.convert import copy_of
 from lightning_quant.delivery import converted, unfinished
-from lightning_quant.export import ParityError, export_model, export_options
+from lightning_quant.export import Profile, export_options, export_with_reports
 from lightning_quant.layers import Plan
+from lightning_quant.parity import ParityError
 from lightning_quant.report import summarize
 from lightning_quant.targets import uncompiled_name
 
@@ -55,7 +56,11 @@ class QuantTrainer(Trainer):
         format: Literal["onnx", "pt2"] | None = None,
         output: str | None = None,
         dynamic_batch: bool = True,
+        dynamic_size: bool = False,
         atol: float | None = None,
+        min_int8_share: float | None = None,
+        profile: Profile = "onnxruntime",
+        reduce_range: bool = False,
         datamodule: LightningDataModule | None = None,
     ) -> None:
         """Converts a checkpoint and writes the file that is deployed, checked against the converted model.
@@ -66,13 +71,24 @@ class QuantTrainer(Trainer):
             format: onnx or pt2; left out, the output's suffix, else onnx.
             output: the file to write; left out, it stands beside the checkpoint and has its name.
             dynamic_batch: leave the batch size free.
+            dynamic_size: leave height and width, or the length, free.
             atol: allowed difference of any output, relative to its largest value; left out, 1e-4 where every quantized tensor
                 comes from integers, else 5e-2.
+            min_int8_share: the least share of multiply-adds that onnxruntime runs in int8, from 0 to 1; of onnx.
+            profile: the runtime that an onnx file is for: onnxruntime, openvino or tensorrt.
+            reduce_range: check that weights have 7 bits, for CPUs without VNNI; of onnx.
             datamodule: the config's.
         """
         checkpoint = _checkpoint(ckpt_path)
         path = _target(checkpoint, format, output)
-        options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "atol": atol}
+        options: dict[str, Any] = {
+            "dynamic_batch": dynamic_batch,
+            "dynamic_size": dynamic_size,
+            "atol": atol,
+            "min_int8_share": min_int8_share,
+            "profile": profile,
+            "reduce_range": reduce_range,
+        }
         export_options({path.suffix: options})
         callback = self._attach(model, datamodule, checkpoint)
         if (why := unfinished(model, callback._phase, callback._layers, callback.schedule)) is not None:
@@ -82,8 +98,8 @@ class QuantTrainer(Trainer):
             raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
         deployed = converted(copy_of(model), entry, example).get_submodule(uncompiled_name(entry))
         with _writing("output", path):
-            written = export_model(deployed, path, example_input=example, **options)
-        sys.stdout.write(f"wrote {written}\n")
+            exported = export_with_reports(deployed, path, example_input=example, **options)
+        sys.stdout.write(f"wrote {exported.path}\n{exported.summary()}\n")
 
     def report(
         self,

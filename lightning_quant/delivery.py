@@ -21,7 +21,8 @@ from torch import nn
 
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import convert_model, unobserved
-from lightning_quant.export import ParityError, export_model
+from lightning_quant.export import export_with_reports
+from lightning_quant.parity import ParityError
 from lightning_quant.prepare import prepared_groups, rounds_all
 from lightning_quant.record import copied, split_example, undisturbed
 from lightning_quant.schedule import Phase, Schedule
@@ -199,12 +200,12 @@ def write_files(model: nn.Module, folder: Path, formats: Mapping[str, Mapping[st
     failed: list[Exception] = []
     for suffix, options in formats.items():
         try:
-            path = export_model(model, folder / f"model{suffix}", **{"example_input": example, **options})
+            exported = export_with_reports(model, folder / f"model{suffix}", **{"example_input": example, **options})
         except (ConfigError, ParityError, OSError) as error:
             failed.append(error)
         else:
             if verbose:
-                rank_zero_info(f"QuantFusionCallback: wrote {path}")
+                rank_zero_info(f"QuantFusionCallback: wrote {exported.path}: {exported.summary()}")
     for further in failed[1:]:
         rank_zero_warn(f"QuantFusionCallback: {further}")
     if failed:

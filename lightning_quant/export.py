@@ -6,36 +6,55 @@ A file is written beside its target and renamed when its check has passed: a fai
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
-from lightning_quant.onnx_graph import require, unshared_weights, write_onnx
-from lightning_quant.record import copied, moved, split_example
+from lightning_quant.execution import ExecutionReport, execution_report
+from lightning_quant.integer import IntegerLayer
+from lightning_quant.onnx_graph import Dialect, write_onnx
+from lightning_quant.parity import (
+    LayerParity,
+    ParityError,
+    ParityReport,
+    call_watched,
+    layer_parity,
+    merged,
+    outputs_parity,
+    raise_unless,
+)
+from lightning_quant.prepare import prepared_groups, simulated
+from lightning_quant.program import Tap, only_integers_meet_grids, program_of, steps_of, taps_of, zero_points_of
+from lightning_quant.record import copied, moved, split_example, undisturbed
+from lightning_quant.runtime import EXACT_SUMS, made_in, onnxruntime_session, runner
 from lightning_quant.targets import on_tensors, tensors_in
 
-# onnxruntime's int8 kernels for CPUs without VNNI add pairs of products in 16 bits and saturate; this option has them add
-# exactly there and changes nothing on other CPUs.
-_EXACT_SUMS = ("session.x64quantprecision", "1")
-
-
-class ParityError(RuntimeError):
-    """An exported file does not compute what the deployed model computes; no file was left at the target path."""
-
-
+__all__ = [
+    "OPTIONS",
+    "DeployedProgram",
+    "Exported",
+    "ParityError",
+    "Profile",
+    "check_format",
+    "check_parity",
+    "export_model",
+    "export_options",
+    "export_with_reports",
+    "load_deployed",
+    "onnxruntime_session",
+]
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPTIONS = ("example_input", "dynamic_batch", "atol")
 
 
 def check_format(suffix: Any, place: str) -> None:
@@ -49,7 +68,7 @@ def check_format(suffix: Any, place: str) -> None:
         )
 
 
-# -- the program --------------------------------------------------------------------------------------------------------
+# -- options --------------------------------------------------------------------------------------------------------
 
 
 def export_options(export: Any) -> dict[str, dict[str, Any]]:
@@ -76,158 +95,146 @@ def export_options(export: Any) -> dict[str, dict[str, Any]]:
     return options
 
 
-def _two_samples(value: Any, batch: int) -> Any:
-    """The first two samples of every tensor with the batch's length, cloned: a slice would drag its whole storage along.
-
-    A batch of one is doubled: torch.export takes a dimension of size 1 for a constant.
-    """
-
-    def two(tensor: Tensor) -> Tensor:
-        if tensor.dim() and tensor.shape[0] == batch:
-            tensor = (torch.cat([tensor, tensor]) if batch == 1 else tensor)[:2]
-        return tensor.detach().clone()
-
-    return on_tensors(two, value)
-
-
-def _dynamic(value: Any, dim: Any, batch: int) -> Any:
-    """The `dynamic_shapes` of torch.export for one argument: dimension 0 free where it is the batch."""
-    if isinstance(value, Mapping):
-        return {key: _dynamic(item, dim, batch) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_dynamic(item, dim, batch) for item in value)
-    return {0: dim} if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else None
-
-
-def _program(model: nn.Module, example_input: Any, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    args, kwargs = split_example(example_input)
-    first = next(tensors_in((args, kwargs)), None)
-    if first is None:
-        raise ConfigError("example_input: no tensor in it; give what the model is called with.")
-    batch = first.shape[0] if first.dim() else -1
-    if dynamic_batch:
-        # By the lengths of the example, before it is cut to two samples: then other inputs may have length 2, too.
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        shapes = {name: _dynamic(value, torch.export.Dim("batch"), batch) for name, value in bound.items()}
-        args, kwargs = _two_samples(args, batch), _two_samples(kwargs, batch)
-    else:
-        args, kwargs, shapes = copied(args), copied(kwargs), None
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-    except torch._dynamo.exc.UserError as error:
-        raise ConfigError(
-            f"{type(model).__name__} cannot be exported with a free batch size: {error}. Mend the forward (a batch size "
-            "written as a number?) or give dynamic_batch=False."
-        ) from error
-    except Exception as error:
-        raise ConfigError(
-            f"torch.export cannot export {type(model).__name__}: {error}. If its forward fixes the batch size, give "
-            "dynamic_batch=False."
-        ) from error
-
-
 # -- formats: one row each ------------------------------------------------------------------------------------------------
 
-
-def onnxruntime_session(path: str | os.PathLike[str], *, exact_sums: bool = True) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU, default optimizations, whose int8 sums are exact on every CPU.
-
-    Without `exact_sums` onnxruntime's defaults hold, which saturate 16-bit sums on CPUs without VNNI.
-    """
-    (runtime,) = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    if not exact_sums:
-        return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    options.add_session_config_entry(*_EXACT_SUMS)
-    return runtime.InferenceSession(unshared_weights(Path(path)), options, providers=["CPUExecutionProvider"])
+Run = Callable[[Any], tuple[list[Tensor], list[Tensor | None]]]  # example input -> (outputs, integers at the taps)
 
 
-def _run_program(path: Path) -> Callable[[Any], list[Tensor]]:
+def _run_program(path: Path, taps: Sequence[Tap] = ()) -> Run:
     module = torch.export.load(path).module()
 
-    def run(example_input: Any) -> list[Tensor]:
-        args, kwargs = split_example(example_input)
-        with torch.no_grad():
-            return list(tensors_in(module(*args, **kwargs)))
+    def run(example_input: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+        outputs, made = call_watched(module, example_input)
+        return outputs, [made[tap.place] if tap.place < len(made) else None for tap in taps]
 
     return run
 
 
-def _run_onnx(path: Path, exact_sums: bool = True) -> Callable[[Any], list[Tensor]]:
+def _run_onnx(path: Path, taps: Sequence[Tap] = (), exact_sums: bool = True) -> Run:
     try:
-        session = onnxruntime_session(path, exact_sums=exact_sums)
+        there = made_in(path, {tap.value for tap in taps}) if taps else []
+        session = runner(path, exact_sums=exact_sums, more=there)
     except Exception as error:
         raise ParityError(f"onnxruntime cannot run the exported file, so it was not written: {error}") from error
 
-    def run(example_input: Any) -> list[Tensor]:
-        feeds = [tensor.numpy() for tensor in tensors_in(split_example(example_input))]
-        names = [node.name for node in session.get_inputs()]
-        return [torch.as_tensor(array) for array in session.run(None, dict(zip(names, feeds, strict=True)))]
+    def run(example_input: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+        outputs, found = session(example_input)
+        values = dict(zip(there, found, strict=True))
+        return outputs, [values.get(tap.value) for tap in taps]
 
     return run
 
 
-_FORMATS: dict[str, tuple[Callable[[torch.export.ExportedProgram, Path], None], Callable[[Path], Any]]] = {
+def _save_program(program: torch.export.ExportedProgram, path: Path, **_: Any) -> None:
+    torch.export.save(program, path)
+
+
+_FORMATS: dict[str, tuple[Callable[..., None], Callable[..., Run]]] = {
     ".onnx": (write_onnx, _run_onnx),
-    ".pt2": (torch.export.save, _run_program),
+    ".pt2": (_save_program, _run_program),
 }
+
+Profile = Literal["onnxruntime", "openvino", "tensorrt"]
+_PROFILES = {
+    "onnxruntime": Dialect(packed=True),
+    "openvino": Dialect(float_clips=True),
+    "tensorrt": Dialect(signed=True, float_clips=True, float_biases=True),
+}
+
+
+def _dialect(profile: str, signed: bool | None, program: torch.export.ExportedProgram) -> Dialect:
+    if profile not in _PROFILES:
+        raise ConfigError(f"profile: expected one of {', '.join(map(repr, _PROFILES))}, got {profile!r}.")
+    dialect = _PROFILES[profile]
+    if signed is not None:
+        dialect = replace(dialect, signed=signed)
+    shifted = [layer for layer, zero, middle in zero_points_of(program) if zero != middle]
+    if profile == "tensorrt" and (shifted or not dialect.signed):
+        names = ", ".join(dict.fromkeys(repr(name) for name in shifted[:5]))
+        raise ConfigError(
+            "profile='tensorrt': TensorRT knows signed activations with the zero point 0 alone, and "
+            + (f"those of {names} have another" if shifted else "signed=False asks for unsigned ones")
+            + ". Train with quant_dtype 'int8' and quant_scheme 'symmetric' for _input_ and _output_, and leave signed out."
+        )
+    return dialect
 
 
 # -- export and its check -------------------------------------------------------------------------------------------------
 
 
-def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, int]:
-    """(largest difference relative to the largest value, index of that output) over all outputs."""
-    worst = (0.0, 0)
-    if len(found) != len(wanted):
-        return math.inf, min(len(found), len(wanted))
-    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        if a.shape != b.shape:
-            return math.inf, index
-        equal = (a == b) | (a.isnan() & b.isnan())  # also where both are NaN or infinite
-        if not bool(equal.all()):
-            scale = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else b.new_ones(())
-            gap = float((a.double() - b.double())[~equal].abs().max() / scale.double().clamp(min=1e-12))
-            worst = max(worst, (math.inf if math.isnan(gap) else gap, index))
-    return worst
+_PAIR, _FEW = "file, deployed", 32
 
 
-_KEEPS_VALUES = frozenset(
-    f"aten.{name}"
-    for name in ("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "alias", "max_pool1d")
-) | {"aten.max_pool2d", "aten.max_pool3d", "aten.pixel_shuffle", "aten._unsafe_view", "aten.contiguous"}
+def _few(example: Any) -> Any:
+    """The first samples of what the model is called with: all its integers are kept for the comparison."""
+    args, kwargs = split_example(example)
+    first = next(tensors_in((args, kwargs)))
+    batch = first.shape[0] if first.dim() else -1
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[:_FEW] if tensor.dim() and tensor.shape[0] == batch else tensor
+
+    return (on_tensors(cut, args), on_tensors(cut, kwargs)) if batch > _FEW else example
 
 
-def _only_integers_meet_grids(program: torch.export.ExportedProgram) -> bool:
-    """Whether no float arithmetic stands between one grid and the next."""
-    for node in program.graph.nodes:
-        if str(node.target) in ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default"):
-            source = node.args[0]
-            while source.op == "call_function" and str(source.target).rpartition(".")[0] in _KEEPS_VALUES:
-                source = source.args[0]
-            if source.op != "placeholder" and str(source.target) != "lightning_quant.dequantize.default":
-                return False
-    return True
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """A file that runs, and the model that it came from."""
+
+    path: Path
+    name: str
+    deployed: nn.Module
+    program: torch.export.ExportedProgram
+    free: bool
+
+    def __call__(self, example: Any, prepared: nn.Module | None = None) -> ParityReport:
+        """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed)."""
+        taps, steps = taps_of(self.program), steps_of(self.program)
+        run = _FORMATS[self.path.suffix][1]
+        wanted = _call(self.deployed, example)
+        outputs = outputs_parity(_PAIR, run(self.path)(copied(example))[0], wanted, steps)
+        if prepared is not None:
+            with undisturbed(prepared):
+                outputs += outputs_parity("deployed, prepared in eval", wanted, _call(prepared, example), steps)
+                with simulated(prepared):
+                    outputs += outputs_parity("deployed, fake-quantized", wanted, _call(prepared, example), steps)
+        layers: list[LayerParity] = []
+        if taps:
+            few = _few(example) if self.free else example
+            _, made = call_watched(self.deployed, few)
+            if len(made) <= max(tap.place for tap in taps):  # the exporter may drop what is not used
+                _, made = call_watched(self.program.module(), few)
+            _, found = run(self.path, taps)(copied(few))
+            for tap, integers in zip(taps, found, strict=True):
+                expected = made[tap.place]
+                if integers is not None and expected is not None:
+                    layers.append(layer_parity(tap, integers, expected))
+        return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs))
+
+    def raise_unless(self, report: ParityReport, atol: float | None, min_equal: float | None, why: str) -> None:
+        exact = only_integers_meet_grids(self.program)
+        allowed = atol if atol is not None else (1e-4 if exact else 5e-2)
+        least = min_equal if min_equal is not None else (1.0 if exact and atol is None else 0.0)
+        raise_unless(report, target=self.name, pair=_PAIR, atol=allowed, min_equal=least, why=why)
 
 
-def _check(path: Path, target: Path, run: Callable[[Any], list[Tensor]], model: nn.Module, example: Any, atol: float) -> None:
+def _call(model: nn.Module, example: Any) -> list[Tensor]:
     args, kwargs = split_example(copied(example))  # a forward may write to what it is given
     with torch.no_grad():
-        wanted = list(tensors_in(model(*args, **kwargs)))
-    gap, index = _difference(run(copied(example)), wanted)
-    if not gap <= atol:
-        raise ParityError(
-            f"{target.name}: output {index} differs from the deployed model's by {gap:.3g} of its largest value (allowed "
-            f"{atol:g}) on the example input; nothing was written to {target}. Raise atol only if that is acceptable."
-        )
-    if path.suffix == ".onnx" and _difference(_run_onnx(path, exact_sums=False)(copied(example)), wanted)[0] > atol:
-        warnings.warn(
-            "onnxruntime's default int8 kernels saturate on this CPU (it has no VNNI) and give other results for "
-            f"{target.name}. On such CPUs create the session with options.add_session_config_entry{_EXACT_SUMS!r}.",
-            stacklevel=3,
-        )
+        return list(tensors_in(model(*args, **kwargs)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A file that was written, and what was found out about it. `execution`: of `.onnx` files."""
+
+    path: Path
+    parity: ParityReport
+    execution: ExecutionReport | None
+
+    def summary(self) -> str:
+        """One line."""
+        return "; ".join([self.parity.summary(), *([self.execution.summary()] if self.execution is not None else [])])
 
 
 def export_model(
@@ -236,49 +243,198 @@ def export_model(
     *,
     example_input: Any,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
     atol: float | None = None,
+    min_equal: float | None = None,
+    min_int8_share: float | None = None,
+    profile: Profile = "onnxruntime",
+    signed: bool | None = None,
+    reduce_range: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a deployed model to `path`, in the format of its suffix, checked against the model before it appears there.
 
-    `.onnx`: opset 21, QuantizeLinear/DequantizeLinear around Conv and Gemm, int8 weight and int32 bias initializers;
-    checked in onnxruntime. `.pt2`: an ExportedProgram with our own operators; `load_deployed` reads it.
+    `.onnx`: opset 21, QuantizeLinear/DequantizeLinear around Conv and Gemm, int8 weight and int32 bias initializers (INT4 where a
+    weight's integers have no more than 4 bits; onnxruntime widens them when it loads); checked in onnxruntime. Its metadata say
+    versions, the grids of its inputs and the work of each node. `.pt2`: an ExportedProgram with our own operators;
+    `load_deployed` reads it. `export_with_reports` is the same and returns what was found.
 
     Args:
         deployed: what `convert_model` returned (any module in eval mode works). Moved nowhere: put it on the CPU first.
         path: where to; folders are made.
         example_input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or (tuple, dict). Its
-            outputs are compared; give real data, as much as you like.
+            outputs are compared, and the integers of its first 32 samples in every layer; give real data, as much as you like.
         dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
+        dynamic_size: leave dimensions 2 and up free on every input: height and width, or length.
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
             operator stands before a quantizer, whose last bit may tip a value to the next level.
+        min_equal: the least share of equal integers in any layer. None: 1.0 where atol's None means 1e-4, else 0.
+        min_int8_share: `.onnx`: the least share of multiply-adds that onnxruntime runs in int8.
+        profile: `.onnx`: the runtime that it is for. "onnxruntime": unsigned activations, activation functions that saturation
+            does not do as Clip of integers. "openvino": the same with Relu and Clip of floats, no INT4. "tensorrt": as that,
+            activations signed with zero point 0 (the model must be trained so), float biases.
+        signed: `.onnx`: activations as int8, zero points moved by 128 (the integers' meaning stays); None: as the profile has it.
+        reduce_range: check that no weight needs more than 7 bits, so that sums do not saturate on CPUs without VNNI, and that
+            onnxruntime's default kernels agree here. Nothing is rounded anew: train with quant_dtype 'int7' for weights.
+        metadata: `.onnx`: further metadata, keys without the prefix `lightning_quant.`.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: unknown suffix, missing package, or a forward that cannot be exported.
-        ParityError: the file computes something else; the target is as it was before.
+        ConfigError: unknown suffix, missing package, a forward that cannot be exported, a choice that the model rules out.
+        ParityError: the file computes something else, or less in int8 than asked for; the target is as it was before.
     """
-    target = Path(path)
-    check_format(target.suffix, f"path {os.fspath(path)!r}")
+    options = {key: value for key, value in locals().items() if key not in ("deployed", "path")}
+    return export_with_reports(deployed, path, **options).path
+
+
+OPTIONS = tuple(inspect.signature(export_model).parameters)[2:]
+
+
+def export_with_reports(deployed: nn.Module, path: str | os.PathLike[str], **options: Any) -> Exported:
+    """As `export_model`, with the same options; returns the path, the parity report and, of `.onnx`, the execution report."""
+    given = {name: one.default for name, one in inspect.signature(export_model).parameters.items() if name in OPTIONS} | options
+    return _export(deployed, Path(path), **given)
+
+
+def _export(
+    deployed: nn.Module,
+    target: Path,
+    *,
+    example_input: Any,
+    dynamic_batch: bool,
+    dynamic_size: bool,
+    atol: float | None,
+    min_equal: float | None,
+    min_int8_share: float | None,
+    profile: Profile,
+    signed: bool | None,
+    reduce_range: bool,
+    metadata: Mapping[str, str] | None,
+) -> Exported:
+    check_format(target.suffix, f"path {os.fspath(target)!r}")
     if any(module.training for module in deployed.modules()):
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
         )
-    write, run = _FORMATS[target.suffix]
+    given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
+    given["profile"] = None if profile == "onnxruntime" else profile
+    if target.suffix != ".onnx" and (named := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
+    write = _FORMATS[target.suffix][0]
     example = moved(example_input, "cpu")
-    program = _program(deployed, example, dynamic_batch)
+    program = program_of(deployed, example, dynamic_batch, dynamic_size)
+    dialect = _dialect(profile, signed, program)
+    if reduce_range:
+        _check_range(deployed)
+    notes = {"package": _version(), "torch": torch.__version__, "profile": profile, **(metadata or {})}
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
-        write(program, beside)
-        allowed = atol if atol is not None else (1e-4 if _only_integers_meet_grids(program) else 5e-2)
-        _check(beside, target, run(beside), deployed, example, allowed)
+        write(program, beside, dialect=dialect, notes=notes)
+        compare = _Comparison(path=beside, name=target.name, deployed=deployed, program=program, free=dynamic_batch)
+        report = compare(example)
+        compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
+        execution = None
+        if target.suffix == ".onnx":
+            _check_default_kernels(beside, target, _call(deployed, example), example, compare, atol, reduce_range)
+            execution = replace(execution_report(beside), file=target.name)
+            if min_int8_share is not None and not execution.keeps(min_int8_share):
+                raise ParityError(
+                    f"{target.name}: onnxruntime would run {execution.int8_share:.1%} of the multiply-adds in int8, less than "
+                    f"the {min_int8_share:.1%} of min_int8_share; nothing was written to {target}. {execution.summary()}."
+                )
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-    return target
+    return Exported(path=target, parity=report, execution=execution)
+
+
+def check_parity(
+    deployed: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Iterable[Any],
+    *,
+    prepared: nn.Module | None = None,
+    dynamic_batch: bool = True,
+    atol: float | None = None,
+    min_equal: float | None = None,
+) -> ParityReport:
+    """Compare a file that `export_model` wrote with the model that it came from, on real data: `print` what this returns.
+
+    Args:
+        deployed: the model that was exported, on the CPU.
+        path: the file, `.onnx` or `.pt2`.
+        batches: example inputs, one after the other: `[images]`, or `((images,) for images, _ in loader)`.
+        prepared: the prepared model that `deployed` was converted from: its eval mode and its fake-quantized forward are compared
+            with the deployed model, too.
+        dynamic_batch, atol, min_equal: as in `export_model`.
+
+    Raises:
+        ConfigError: the file is missing, of no known format, or of another model; no batch.
+        ParityError: a bound is not kept.
+    """
+    source = Path(path)
+    check_format(source.suffix, f"path {os.fspath(path)!r}")
+    if not source.is_file():
+        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
+    if prepared is not None and not prepared_groups(prepared):
+        raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
+    reports: list[ParityReport] = []
+    compare: _Comparison | None = None
+    for batch in batches:
+        example = moved(batch, "cpu")
+        if compare is None:
+            program = program_of(deployed, example, dynamic_batch)
+            compare = _Comparison(path=source, name=source.name, deployed=deployed, program=program, free=dynamic_batch)
+        reports.append(compare(example, prepared))
+    if compare is None:
+        raise ConfigError("batches: there is none; give at least one example input.")
+    if len({tuple((layer.name, layer.value) for layer in report.layers) for report in reports}) != 1:
+        raise ConfigError(f"path {os.fspath(path)!r}: the layers differ from batch to batch; compare with one batch at a time.")
+    report = merged(reports)
+    compare.raise_unless(report, atol, min_equal, "the file was not changed")
+    return report
+
+
+def _check_default_kernels(
+    path: Path, target: Path, wanted: list[Tensor], example: Any, compare: _Comparison, atol: float | None, must: bool
+) -> None:
+    """Where onnxruntime's default kernels saturate and differ: an error if the caller ruled that out, else a warning."""
+    outputs = outputs_parity(_PAIR, _run_onnx(path, exact_sums=False)(copied(example))[0], wanted, [])
+    try:
+        compare.raise_unless(ParityReport(file=target.name, layers=(), outputs=tuple(outputs)), atol, None, "")
+    except ParityError as error:
+        text = (
+            f"onnxruntime's default int8 kernels saturate on this CPU (it has no VNNI) and give other results for {target.name}"
+        )
+        if must:
+            raise ParityError(f"{text}, though no weight needs more than 7 bits; nothing was written to {target}.") from error
+        warnings.warn(
+            f"{text}. On such CPUs create the session with options.add_session_config_entry{EXACT_SUMS!r}, or train weights "
+            "with quant_dtype 'int7' and export with reduce_range=True.",
+            stacklevel=4,
+        )
+
+
+def _check_range(deployed: nn.Module) -> None:
+    """Raise a ConfigError unless the integers of every layer for an integer kernel lie in -64..63."""
+    layers = [(name, module.weight) for name, module in deployed.named_modules() if isinstance(module, IntegerLayer)]
+    wide = [name for name, weight in layers if weight.numel() and (int(weight.min()) < -64 or int(weight.max()) > 63)]
+    if wide:
+        raise ConfigError(
+            f"reduce_range: the weights of {', '.join(map(repr, wide[:5]))} need more than 7 bits. Rounding them now would ship "
+            "another model than was validated: train (or calibrate) with quant_dtype 'int7' for weights."
+        )
+
+
+def _version() -> str:
+    try:
+        return version("lightning_quant")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"
 
 
 class DeployedProgram(nn.Module):

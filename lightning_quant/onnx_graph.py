@@ -5,33 +5,52 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_quant.config import ConfigError
+from lightning_quant.onnx_notes import (
+    APART,
+    CLASSES,
+    NOTE,
+    PRODUCTS,
+    give_name,
+    input_grids,
+    last_of,
+    np_info,
+    require,
+    sizes_of,
+    work_of,
+)
 
 OPSET = 21
 
 
-def require(*modules: str) -> list[Any]:
-    """The modules, imported; a ConfigError that says what to install where one is missing."""
-    try:
-        return [importlib.import_module(name) for name in modules]
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"ONNX export needs the package {error.name!r}, which is not installed: pip install 'lightning_quant[onnx]'."
-        ) from error
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """What differs between files for one runtime and another; the integers are the same in all.
+
+    `signed`: activations as int8 with the zero point moved by 128, else uint8. `float_clips`: an activation that saturation does
+    not do is a Relu or Clip in front of QuantizeLinear, else one on integers behind it. `float_biases`: float32, else int32.
+    `packed`: weights whose integers fit into 4 bits are stored as INT4 and widened when the file is loaded.
+    """
+
+    signed: bool = False
+    float_clips: bool = False
+    float_biases: bool = False
+    packed: bool = False
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a program to `path`."""
+def write_onnx(program: torch.export.ExportedProgram, path: Path, dialect: Dialect, notes: Mapping[str, str]) -> None:
+    """Write a program to `path`; `notes` become metadata of the file, beside the work of each node."""
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     with _quiet_exporter():
         exported = torch.onnx.export(
@@ -41,34 +60,184 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
             opset_version=OPSET,
             input_names=names,
             output_names=["output"] if len(program.graph_signature.user_outputs) == 1 else None,
-            custom_translation_table=_onnx_translations(),
+            custom_translation_table=_onnx_translations(dialect),
             verbose=False,
         )
     assert exported is not None
-    _tidy(exported.model.graph)
+    graph = exported.model.graph
+    _tidy(graph)
+    if dialect.packed:
+        _pack(graph)
+    exported.model.metadata_props.update({f"{NOTE}{key}": value for key, value in notes.items()})
+    exported.model.metadata_props[f"{NOTE}multiply_adds"] = json.dumps(work_of(graph, sizes_of(graph, program)))
+    exported.model.metadata_props[f"{NOTE}inputs"] = json.dumps(input_grids(graph))
     exported.save(path)
 
 
 def _tidy(graph: Any) -> None:
-    """Drop the build machine's stack traces, keep neighbouring grids apart, give every layer a weight and zero point of its own.
+    """Name nodes by their modules, drop the build machine's stack traces, keep neighbouring grids apart, unmerge constants.
 
     The exporter merges equal constants (batch norms of one width have equal integers); onnxruntime's exact-sums pass rewrites
     those of each layer in place and fails on one that two layers share.
     """
     (ir,) = require("onnx_ir")
-    taken: set[str] = set()
+    rounding = (n for n in graph if n.op_type in ("QuantizeLinear", "DequantizeLinear") and not n.inputs[0].is_initializer())
+    taken = {node.inputs[2].name for node in rounding}  # a weight's zero point must not be an activation's, either
     for node in list(graph):
         _pool_for_mean(graph, node)
+        _look_up_integers(graph, node)
+        _stay_on_grid(graph, node)
+    for node in list(graph):
+        if node.op_type == "Clip" and _is_needless(node):
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            graph.remove(node, safe=True)
+    names: dict[str, int] = {}
+    for node in list(graph):
+        give_name(node, names)
     for node in list(graph):
         if uses := _apart(node):
             value = uses[0][0].inputs[uses[0][1]]
-            barrier = ir.node("Max", [value])  # of one: nothing is fused through it
+            barrier = ir.node("Max", [value], name=f"{value.producer().name}{APART}")  # of one: nothing is fused through it
+            barrier.outputs[0].type, barrier.outputs[0].shape = value.type, value.shape
             graph.insert_after(value.producer(), barrier)
             for user, slot in uses:
                 user.replace_input_with(slot, barrier.outputs[0])
         for part in (node, *node.outputs):
             part.metadata_props.clear()
         _unmerge(graph, node, taken)
+        if node.op_type == "QuantizeLinear":  # the exporter takes the program's word for it
+            for made in (node, *(user for user, _ in node.outputs[0].uses() if user.op_type == "Clip")):
+                made.outputs[0].type = ir.TensorType(node.inputs[2].dtype)
+
+
+# -- rewriting --------------------------------------------------------------------------------------------------------------
+
+
+def _pack(graph: Any) -> None:
+    """Store weights that fit into 4 bits as INT4: onnxruntime widens them once, when it loads the file, to its int8 kernels."""
+    (ir,) = require("onnx_ir")
+    for name, value in list(graph.initializers.items()):
+        if value.dtype != ir.DataType.INT8 or not any(n.op_type == "DequantizeLinear" and not slot for n, slot in value.uses()):
+            continue
+        integers = value.const_value.numpy()
+        if integers.size < 2 or integers.min() < -8 or integers.max() > 7:
+            continue
+        packed = ir.tensor(integers, dtype=ir.DataType.INT4, name=f"{name}_int4")
+        stored = ir.Value(name=packed.name, const_value=packed, type=ir.TensorType(ir.DataType.INT4), shape=value.shape)
+        uses = list(value.uses())
+        graph.register_initializer(stored)
+        wide = ir.node("Cast", [stored], {"to": int(ir.DataType.INT8)}, name=f"{uses[0][0].name}/widen")
+        graph.insert_before(graph[0], wide)
+        for user, slot in uses:
+            user.replace_input_with(slot, wide.outputs[0])
+        del graph.initializers[name]
+        wide.outputs[0].name = name
+        wide.outputs[0].type, wide.outputs[0].shape = ir.TensorType(ir.DataType.INT8), value.shape
+
+
+def _look_up_integers(graph: Any, node: Any) -> None:
+    """Gather rows of integers and dequantize those, where the exporter dequantizes a whole table at every call."""
+    (ir,) = require("onnx_ir")
+    table = node.inputs[0].producer() if node.op_type == "Gather" else None
+    axis = node.attributes.get("axis")
+    if table is None or table.op_type != "DequantizeLinear" or not table.inputs[0].is_initializer() or (axis and axis.value):
+        return
+    q, scale, zero = table.inputs[0], table.inputs[1], table.inputs[2]
+    indices, rank = node.inputs[1], 0 if scale.shape is None else len(scale.shape)
+    if rank > 1 or q.shape is None or len(q.shape) != 2:
+        return
+    made: list[Any] = []
+
+    def add(kind: str, inputs: Sequence[Any], **attributes: Any) -> Any:
+        made.append(ir.node(kind, inputs, attributes or None))
+        return made[-1].outputs[0]
+
+    if rank == 0:
+        rows = add("DequantizeLinear", [add("Gather", [q, indices], axis=0), scale, zero])
+    else:
+        last = ir.Value(name=f"{node.outputs[0].name}_last", const_value=ir.tensor([-1], dtype=ir.DataType.INT64))
+        graph.register_initializer(last)
+
+        def of_rows(values: Any) -> Any:
+            return add("Unsqueeze", [add("Gather", [values, indices], axis=0), last])
+
+        rows = add("Cast", [add("Gather", [q, indices], axis=0)], to=int(ir.DataType.FLOAT))
+        if zero.const_value is None or zero.const_value.numpy().any():
+            rows = add("Sub", [rows, add("Cast", [of_rows(zero)], to=int(ir.DataType.FLOAT))])
+        rows = add("Mul", [rows, of_rows(scale)])
+    for one in made:
+        one.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, made)
+    _take_place(graph, node, rows)
+
+
+def _is_needless(clip: Any) -> bool:
+    """Whether a Clip of floats in front of a grid cuts what comes from the same grid and was cut as far there."""
+    users = [user for user, _ in clip.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "QuantizeLinear":
+        return False
+    grid = [value.const_value.numpy() for value in users[0].inputs[1:3]]
+    low, high = (value.const_value.numpy() for value in clip.inputs[1:3])
+    source = clip.inputs[0].producer()
+    while source is not None:
+        if source.op_type == "DequantizeLinear":
+            same = [value.const_value is not None for value in source.inputs[1:3]] == [True, True] and all(
+                bool((value.const_value.numpy() == mine).all()) for value, mine in zip(source.inputs[1:3], grid, strict=True)
+            )
+            if not same:
+                return False
+        elif source.op_type == "Relu":
+            return bool(low <= 0)
+        elif source.op_type == "Clip":
+            least, most = (value.const_value.numpy() for value in source.inputs[1:3])
+            return bool(low <= least and most <= high)
+        elif source.op_type not in (*_MOVES, "QuantizeLinear"):
+            return False
+        source = source.inputs[0].producer()
+    return False
+
+
+def _ends_in_grids(value: Any) -> bool:
+    """Whether all that reads a value rounds it to a grid, or moves it to where that happens."""
+    users = [user for user, _ in value.uses()]
+    moves = (user.op_type in _MOVES and _ends_in_grids(user.outputs[0]) for user in users if user.op_type != "QuantizeLinear")
+    return bool(users) and all(moves)
+
+
+def _stay_on_grid(graph: Any, node: Any) -> None:
+    """A pool of integers gives integers, whoever reads them: say so by a grid behind it, or onnxruntime pools in float."""
+    (ir,) = require("onnx_ir")
+    source = node.inputs[0].producer() if node.op_type == "MaxPool" else None
+    if source is None or source.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+        return
+    grid, uses = list(source.inputs[1:3]), list(node.outputs[0].uses())
+    if _ends_in_grids(node.outputs[0]):
+        return
+    q = ir.node("QuantizeLinear", [node.outputs[0], *grid])
+    back = ir.node("DequantizeLinear", [q.outputs[0], *grid])
+    for made, like in ((q, source.inputs[0]), (back, node.outputs[0])):
+        made.metadata_props.update(node.metadata_props)
+        made.outputs[0].type, made.outputs[0].shape = like.type, node.outputs[0].shape
+    graph.insert_after(node, [q, back])
+    for user, slot in uses:
+        user.replace_input_with(slot, back.outputs[0])
+
+
+def _take_place(graph: Any, node: Any, value: Any) -> None:
+    """Let `value` be what `node` made, under its name, and drop the node."""
+    old = node.outputs[0]
+    value.type, value.shape = old.type, old.shape
+    old.replace_all_uses_with(value)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = value
+    value.name = old.name
+    inputs = [source for source in node.inputs if source is not None]
+    graph.remove(node, safe=False)
+    for source in inputs:
+        maker = source.producer()
+        if maker is not None and maker.op_type == "DequantizeLinear" and not source.uses():
+            graph.remove(maker, safe=True)
 
 
 def _unmerge(graph: Any, node: Any, taken: set[str]) -> None:
@@ -101,22 +270,16 @@ def _pool_for_mean(graph: Any, node: Any) -> None:
     if rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
         return
     keeps = node.attributes.get("keepdims")
-    pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
+    pooled = last = ir.node("GlobalAveragePool", [node.inputs[0]])
     graph.insert_before(node, pooled)
-    if keeps is None or keeps.value:
-        node.outputs[0].replace_all_uses_with(pooled.outputs[0])
-        last = pooled
-    else:
+    if keeps is not None and not keeps.value:
         wanted = ir.Value(name=f"{node.name}_axes", const_value=ir.tensor(list(range(2, rank)), dtype=ir.DataType.INT64))
         graph.register_initializer(wanted)
         last = ir.node("Squeeze", [pooled.outputs[0], wanted])
         graph.insert_before(node, last)
-        node.outputs[0].replace_all_uses_with(last.outputs[0])
-    last.outputs[0].name = node.outputs[0].name
-    for index, output in enumerate(graph.outputs):
-        if output is node.outputs[0]:
-            graph.outputs[index] = last.outputs[0]
-    graph.remove(node)
+    for made in (pooled, last):
+        made.metadata_props.update(node.metadata_props)
+    _take_place(graph, node, last.outputs[0])
 
 
 _MOVES = ("Concat", "Expand", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -139,9 +302,8 @@ def _apart(node: Any) -> list[tuple[Any, int]]:
 
 
 def _in_floats(node: Any) -> bool:
-    """Whether a node is a product in float arithmetic: not that of an integer layer, which is known by its int32 bias."""
-    bias = node.inputs[2].producer() if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    return node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and str(bias and bias.inputs[0].dtype) != "INT32"
+    """Whether a node is a product in float arithmetic: not that of an integer layer, which one of our operators was."""
+    return node.op_type in PRODUCTS and not str(last_of(node, CLASSES)).startswith("lightning_quant.")
 
 
 def _dequantized(value: Any) -> bool:
@@ -170,7 +332,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 @functools.cache
-def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def _onnx_translations(dialect: Dialect) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our operators as QuantizeLinear / DequantizeLinear around float Conv and Gemm: what runtimes turn into integer kernels.
 
     A weight's zero point is explicit even where it is 0 (onnxruntime fuses QGemm only then), bias is int32 behind a
@@ -182,17 +344,28 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def constant(value: Any, dtype: Any) -> Any:
         return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype=dtype)))
 
+    def grid(high: Any) -> tuple[Any, int, int, int]:
+        """(dtype, its ends, what is taken off an unsigned integer)."""
+        name, shift = ("int8", 2**7) if high <= 255 else ("int16", 2**15)
+        dtype = np.dtype(name if dialect.signed else f"u{name}")
+        return dtype, *np_info(dtype), shift if dialect.signed else 0
+
     def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
-        dtype = np.uint8 if high <= 255 else np.uint16
-        if dtype == np.uint16 and (low, high) != (0, 65535):
-            # onnxruntime has no Clip of uint16; before the division it is as exact: (n s) / s rounds to n.
-            ends = ((end - zero_point) * np.float32(scale) for end in (low, high))
-            x = op.Clip(x, *(constant(end, np.float32) for end in ends))
-        q = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero_point, dtype))
-        return q if (low, high) == (0, 255) or dtype == np.uint16 else op.Clip(q, constant(low, dtype), constant(high, dtype))
+        dtype, least, most, shift = grid(high)
+        zero, ends = zero_point - shift, (low - shift, high - shift)
+        whole = ends == (least, most)
+        if not whole and (dialect.float_clips or dtype.itemsize > 1):
+            # onnxruntime has no Clip of uint16, others none of any integer; before the division it is as exact: (n s) / s rounds
+            # to n.
+            below, above = (constant((end - zero) * np.float32(scale), np.float32) for end in ends)
+            x = op.Relu(x) if ends == (zero, most) else op.Clip(x, below, above)
+            whole = True
+        q = op.QuantizeLinear(x, constant(scale, np.float32), constant(zero, dtype))
+        return q if whole else op.Clip(q, *(constant(end, dtype) for end in ends))
 
     def dequantize(q: Any, scale: Any, zero: Any) -> Any:
-        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero, q.dtype.numpy()))
+        dtype, _, _, shift = grid(255 if q.dtype.itemsize == 1 else 65535)
+        return op.DequantizeLinear(q, constant(scale, np.float32), constant(zero - shift, dtype))
 
     def dequantize_weight(q: Any, scale: Any, zero_point: Any) -> Any:
         shape, steps = list(q.shape), list(scale.shape)
@@ -216,7 +389,8 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def operands(head: Sequence[Any]) -> tuple[Any, Any, Any]:
         q, x_scale, x_zero_point, weight, scale, zero_point, bias = head
-        b = op.DequantizeLinear(bias, op.Mul(constant(x_scale, np.float32), scale), axis=0)
+        step = op.Mul(constant(x_scale, np.float32), scale)
+        b = op.Mul(op.Cast(bias, to=1), step) if dialect.float_biases else op.DequantizeLinear(bias, step, axis=0)
         return dequantize(q, x_scale, x_zero_point), dequantize_weight(weight, scale, zero_point), b
 
     def requantize(y: Any, tail: Sequence[Any]) -> Any:
@@ -240,27 +414,3 @@ def _onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.conv.default: conv,
         ops.linear.default: linear,
     }
-
-
-def unshared_weights(path: Path) -> bytes:
-    """The file's model with every weight read once: onnxruntime's exact-sums pass fails on a layer that is called twice."""
-    (onnx,) = require("onnx")
-    model = onnx.load(path)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    dequantized = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
-    seen: set[str] = set()
-    for position, node in reversed(list(enumerate(model.graph.node))):
-        for slot, name in enumerate(node.input):
-            if name in seen and name in dequantized:
-                again = f"{name}/again_{position}"  # no exporter writes such a name
-                copy = model.graph.node.add()
-                copy.CopyFrom(dequantized[name])
-                copy.name, copy.output[0], node.input[slot] = again, again, again
-                for part, source in enumerate(copy.input):
-                    tensor = model.graph.initializer.add()
-                    tensor.CopyFrom(stored[source])
-                    tensor.name = copy.input[part] = f"{source}/again_{position}"
-                model.graph.node.remove(copy)
-                model.graph.node.insert(position, copy)
-            seen.add(name)
-    return bytes(model.SerializeToString())

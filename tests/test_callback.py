@@ -334,7 +334,7 @@ def test_without_any_example_the_forward_is_traced(quiet_trainer: TrainerMaker) 
         ({"export": True}, "export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got True"),
         (
             {"export": {".pt2": {"opset": 13}}},
-            r"export\['\.pt2'\]: unknown option 'opset'; allowed: example_input, dynamic_batch, atol",
+            r"export\['\.pt2'\]: unknown option 'opset'; allowed: example_input, dynamic_batch, dynamic_size, atol",
         ),
         ({"schedule": {"freeze": 1}}, "schedule: unknown key 'freeze'.*Did you mean 'freeze_batch_norm'"),
         ({"schedule": 3}, "schedule: expected a Schedule, a dict of its fields or None, got 3"),

@@ -24,6 +24,7 @@ from toys import FUSED
 from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, load_deployed
 from lightning_quant import export as export_module
 from lightning_quant.export import onnxruntime_session
+from lightning_quant.program import only_integers_meet_grids, program_of
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -51,9 +52,9 @@ def test_every_config_exports_to_both_formats_and_agrees(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_tolerance_is_tight_where_only_integers_meet_grids(name: str) -> None:
-    program = export_module._program(convert_model(trained(CONFIGS[name])), X, True)
+    program = program_of(convert_model(trained(CONFIGS[name])), X, True)
     exact = [*WHOLLY_INTEGER, "quantized logits", "weights only"]
-    assert export_module._only_integers_meet_grids(program) == (name in exact)
+    assert only_integers_meet_grids(program) == (name in exact)
 
 
 @pytest.mark.parametrize("name", WHOLLY_INTEGER)
@@ -271,7 +272,7 @@ def test_nan_is_a_difference(tmp_path: Path) -> None:
 
 
 def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(program: Any, path: Path) -> None:
+    def half(program: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
@@ -327,7 +328,7 @@ def test_onnxruntime_is_missing_when_a_session_is_wanted(monkeypatch: pytest.Mon
 
 
 def test_a_file_that_onnxruntime_cannot_run_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def garbage(program: Any, path: Path) -> None:
+    def garbage(program: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"no protobuf")
 
     monkeypatch.setitem(export_module._FORMATS, ".onnx", (garbage, export_module._run_onnx))

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the comparison of a file with the model it came from: integer by integer inside, value by value at its outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_quant.program import INTEGERS, MAKE_INTEGERS, Tap
+from lightning_quant.record import copied, split_example
+from lightning_quant.tables import html_table, text_table
+from lightning_quant.targets import tensors_in
+
+
+class ParityError(RuntimeError):
+    """A file does not do what was asked of it: it computes something else, or too little of it in int8; none was written."""
+
+
+# -- what a comparison found ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParity:
+    """The integers that one layer makes, in the file and in the deployed model.
+
+    `name`: of the module or operator; `value`: of the tensor in the file. `values` were compared, `different` of them differ,
+    by `most` and, over all values, by `mean` integers.
+    """
+
+    name: str
+    value: str
+    values: int
+    different: int
+    most: float
+    mean: float
+
+    @property
+    def equal(self) -> float:
+        """The share of equal integers."""
+        return 1 - self.different / max(self.values, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputParity:
+    """One output of the model against what another way of computing it gives.
+
+    `pair`: the two that are compared. `most`, `mean`: of the absolute differences, in steps of the output's grid if it has a
+    `step`, else relative to the largest finite absolute value; `relative`: the largest by that value in either case. `classes`:
+    rows of the last dimension whose largest entry was compared, `same` of them agree.
+    """
+
+    pair: str
+    index: int
+    most: float
+    mean: float
+    relative: float
+    step: float | None
+    values: int
+    classes: int
+    same: int
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of rows with the same largest entry; None where rows have one entry."""
+        return self.same / self.classes if self.classes else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """A file compared with the model that it came from; `print(report)` is a table of it, and so is a cell of a notebook.
+
+    `samples`: how many of the batches' samples the layers were compared on (outputs: all of them).
+    """
+
+    file: str
+    layers: tuple[LayerParity, ...]
+    outputs: tuple[OutputParity, ...]
+
+    @property
+    def first(self) -> LayerParity | None:
+        """The first layer whose integers differ."""
+        return next((layer for layer in self.layers if layer.different), None)
+
+    @property
+    def integers(self) -> int:
+        """How many integers were compared."""
+        return sum(layer.values for layer in self.layers)
+
+    @property
+    def different(self) -> int:
+        """How many of them differ."""
+        return sum(layer.different for layer in self.layers)
+
+    def __str__(self) -> str:
+        return "\n\n".join(text_table(head, rows, right=right, notes=notes) for head, rows, right, notes in self._tables())
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
+
+    def _repr_html_(self) -> str:
+        """The same tables, for notebooks."""
+        return "".join(html_table(head, rows, right=right, notes=notes) for head, rows, right, notes in self._tables())
+
+    def summary(self) -> str:
+        """One line."""
+        worst = max(self.outputs, key=lambda one: one.relative, default=None)
+        words = [f"{self.integers - self.different:,} of {self.integers:,} integers equal"] if self.layers else []
+        if self.first is not None:
+            words[0] += f", first other ones in {self.first.name!r}"
+        if worst is not None:
+            words.append(f"outputs within {worst.relative:.2g} of the largest value")
+        return "; ".join(words)
+
+    def _tables(self) -> list[tuple[list[str], list[list[str]], set[str], list[str]]]:
+        outputs = [
+            [
+                one.pair,
+                str(one.index),
+                f"{one.most:.3g}",
+                f"{one.mean:.3g}",
+                "relative" if one.step is None else "steps",
+                "" if one.agreement is None else f"{one.agreement:.2%}",
+            ]
+            for one in self.outputs
+        ]
+        head = ["compared", "output", "max", "mean", "in", "same class"]
+        tables = [(head, outputs, {"output", "max", "mean", "same class"}, [] if self.layers else [f"file: {self.file}"])]
+        if self.layers:
+            rows = [
+                [one.name or "(model)", one.value, f"{one.values:,}", f"{one.equal:.4%}", f"{one.most:g}", f"{one.mean:.2g}"]
+                for one in self.layers
+            ]
+            first = "none" if self.first is None else repr(self.first.name)
+            notes = [f"file: {self.file}; first layer that differs: {first}"]
+            head = ["layer", "tensor", "integers", "equal", "max", "mean"]
+            tables.append((head, rows, {"integers", "equal", "max", "mean"}, notes))
+        return tables
+
+
+def merged(reports: Sequence[ParityReport]) -> ParityReport:
+    """Reports of the same file on several batches, as one."""
+    layers, outputs = [], []
+    for parts in zip(*(report.layers for report in reports), strict=True):
+        number = sum(part.values for part in parts)
+        layers.append(
+            LayerParity(
+                name=parts[0].name,
+                value=parts[0].value,
+                values=number,
+                different=sum(part.different for part in parts),
+                most=max(part.most for part in parts),
+                mean=sum(part.mean * part.values for part in parts) / max(number, 1),
+            )
+        )
+    for ends in zip(*(report.outputs for report in reports), strict=True):
+        number = sum(end.values for end in ends)
+        outputs.append(
+            OutputParity(
+                pair=ends[0].pair,
+                index=ends[0].index,
+                most=max(end.most for end in ends),
+                mean=sum(end.mean * end.values for end in ends) / max(number, 1),
+                relative=max(end.relative for end in ends),
+                step=ends[0].step,
+                values=number,
+                classes=sum(end.classes for end in ends),
+                same=sum(end.same for end in ends),
+            )
+        )
+    return ParityReport(file=reports[0].file, layers=tuple(layers), outputs=tuple(outputs))
+
+
+# -- the integers of a program ----------------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects what our operators make, in order; None for what is no tensor of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor | None] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if str(func) in MAKE_INTEGERS:
+            self.made.append(result if result.dtype in INTEGERS else None)
+        return result
+
+
+def call_watched(model: nn.Module | Callable[..., Any], example: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    """(outputs, what our operators made, in order) of a call without gradients."""
+    args, kwargs = split_example(copied(example))
+    with torch.no_grad(), _Recorder() as recorder:
+        outputs = list(tensors_in(model(*args, **kwargs)))
+    return outputs, recorder.made
+
+
+# -- differences --------------------------------------------------------------------------------------------------------------
+
+
+def layer_parity(tap: Tap, found: Tensor, wanted: Tensor) -> LayerParity:
+    """Compare integers; those of a signed grid in the file are the same moved by half its levels."""
+    a, b = found.to(torch.int32), wanted.to(torch.int32)
+    if found.dtype in (torch.int8, torch.int16):
+        a = a + (2**7 if found.dtype == torch.int8 else 2**15)
+    if a.shape != b.shape:
+        return LayerParity(name=tap.layer, value=tap.value, values=b.numel(), different=b.numel(), most=math.inf, mean=math.inf)
+    gap = (a - b).abs_()
+    return LayerParity(
+        name=tap.layer,
+        value=tap.value,
+        values=gap.numel(),
+        different=int(torch.count_nonzero(gap)),
+        most=float(gap.max()) if gap.numel() else 0.0,
+        mean=float(gap.double().mean()) if gap.numel() else 0.0,
+    )
+
+
+def output_parity(pair: str, index: int, found: Tensor, wanted: Tensor, step: float | None) -> OutputParity:
+    """Compare one output; where both are NaN, or the same infinity, they are equal."""
+    none = OutputParity(
+        pair=pair,
+        index=index,
+        most=math.inf,
+        mean=math.inf,
+        relative=math.inf,
+        step=step,
+        values=wanted.numel(),
+        classes=0,
+        same=0,
+    )
+    if found.shape != wanted.shape:
+        return none
+    a, b = found.double(), wanted.double()
+    equal = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(equal, 0.0, (a - b).abs())
+    finite = b[b.isfinite()].abs()
+    largest = max(float(finite.max()), 1e-12) if finite.numel() else 1.0
+    most = math.inf if bool(gap.isnan().any()) else float(gap.max()) if gap.numel() else 0.0
+    mean = math.inf if math.isinf(most) else float(gap.mean()) if gap.numel() else 0.0
+    rows = b.dim() > 1 and b.shape[-1] > 1 and b.numel() > 0
+    unit = step or largest
+    return OutputParity(
+        pair=pair,
+        index=index,
+        most=most / unit,
+        mean=mean / unit,
+        relative=most / largest,
+        step=step,
+        values=gap.numel(),
+        classes=b[..., 0].numel() if rows else 0,
+        same=int((a.argmax(-1) == b.argmax(-1)).sum()) if rows else 0,
+    )
+
+
+def outputs_parity(
+    pair: str, found: Sequence[Tensor], wanted: Sequence[Tensor], steps: Sequence[float | None]
+) -> list[OutputParity]:
+    """Compare all outputs; another number of them is a difference of the first that only one side has."""
+    if len(found) != len(wanted):
+        empty = torch.empty(0)
+        return [output_parity(pair, min(len(found), len(wanted)), empty, empty.reshape(0, 1), None)]
+    known = steps if len(steps) == len(wanted) else [None] * len(wanted)
+    rows = zip(found, wanted, known, strict=True)
+    return [output_parity(pair, index, a, b, step) for index, (a, b, step) in enumerate(rows)]
+
+
+def raise_unless(report: ParityReport, *, target: str, pair: str, atol: float, min_equal: float, why: str) -> None:
+    """Raise a ParityError that names the first layer that differs, unless the report keeps the bounds."""
+    ends = [one for one in report.outputs if one.pair == pair]
+    worst = max(ends, key=lambda one: one.relative, default=None)
+    first = report.first
+    place = "" if first is None else f" The first layer that differs is {first.name!r} ({first.different:,} of {first.values:,} "
+    place += "" if first is None else f"integers, by at most {first.most:g})."
+    if worst is not None and not worst.relative <= atol:
+        raise ParityError(
+            f"{target}: output {worst.index} differs from the deployed model's by {worst.relative:.3g} of its largest value "
+            f"(allowed {atol:g}) on the example input; {why}.{place} Raise atol only if that is acceptable."
+        )
+    short = next((layer for layer in report.layers if layer.equal < min_equal), None)
+    if short is not None:
+        raise ParityError(
+            f"{target}: in layer {short.name!r} only {short.equal:.4%} of the integers equal the deployed model's (at least "
+            f"{min_equal:.4%} are asked for); {why}.{place} Lower min_equal only if that is acceptable."
+        )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the program: a deployed model as torch.export's graph, which dimensions are free in it, where its integers are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_quant.operators  # noqa: F401  (registers what programs call)
+from lightning_quant.config import ConfigError
+from lightning_quant.record import copied, split_example
+from lightning_quant.targets import on_tensors, tensors_in
+
+
+def _two_samples(value: Any, batch: int) -> Any:
+    """The first two samples of every tensor with the batch's length, cloned: a slice would drag its whole storage along.
+
+    A batch of one is doubled: torch.export takes a dimension of size 1 for a constant.
+    """
+
+    def two(tensor: Tensor) -> Tensor:
+        if tensor.dim() and tensor.shape[0] == batch:
+            tensor = (torch.cat([tensor, tensor]) if batch == 1 else tensor)[:2]
+        return tensor.detach().clone()
+
+    return on_tensors(two, value)
+
+
+def _dynamic(value: Any, dim: Any, batch: int, sizes: bool) -> Any:
+    """The `dynamic_shapes` of torch.export for one argument: dimension 0 free where it is the batch, 2 and up with `sizes`."""
+    if isinstance(value, Mapping):
+        return {key: _dynamic(item, dim, batch, sizes) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_dynamic(item, dim, batch, sizes) for item in value)
+    if not isinstance(value, Tensor) or not value.dim():
+        return None
+    free = {0: dim} if dim is not None and value.shape[0] == batch else {}
+    return (free | dict.fromkeys(range(2, value.dim()), torch.export.Dim.DYNAMIC) if sizes else free) or None
+
+
+def program_of(
+    model: nn.Module, example_input: Any, dynamic_batch: bool, dynamic_size: bool = False
+) -> torch.export.ExportedProgram:
+    """`model` as torch.export's graph; on the CPU.
+
+    Args:
+        model: in eval mode.
+        example_input: as in `export_model`; it is cut to two samples where the batch size is free.
+        dynamic_batch: dimension 0 is free on every input that shares the length of the first one's.
+        dynamic_size: dimensions 2 and up are free on every input.
+
+    Raises:
+        ConfigError: if there is no tensor in the example or the forward cannot be exported.
+    """
+    args, kwargs = split_example(example_input)
+    first = next(tensors_in((args, kwargs)), None)
+    if first is None:
+        raise ConfigError("example_input: no tensor in it; give what the model is called with.")
+    batch = first.shape[0] if first.dim() else -1
+    shapes = None
+    if dynamic_batch or dynamic_size:
+        # By the lengths of the example, before it is cut to two samples: then other inputs may have length 2, too.
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        dim = torch.export.Dim("batch") if dynamic_batch else None
+        shapes = {name: _dynamic(value, dim, batch, dynamic_size) for name, value in bound.items()}
+    if dynamic_batch:
+        args, kwargs = _two_samples(args, batch), _two_samples(kwargs, batch)
+    else:
+        args, kwargs = copied(args), copied(kwargs)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as error:
+        free, option = ("free sizes", "dynamic_size") if dynamic_size else ("a free batch size", "dynamic_batch")
+        raise ConfigError(
+            f"{type(model).__name__} cannot be exported with {free}: {error}. Mend the forward (a size written as a number?) or "
+            f"give {option}=False."
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"torch.export cannot export {type(model).__name__}: {error}. If its forward fixes the batch size, give "
+            "dynamic_batch=False."
+        ) from error
+
+
+_KEEPS_VALUES = frozenset(
+    f"aten.{name}"
+    for name in ("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "alias", "max_pool1d")
+) | {"aten.max_pool2d", "aten.max_pool3d", "aten.pixel_shuffle", "aten._unsafe_view", "aten.contiguous"}
+
+
+def only_integers_meet_grids(program: torch.export.ExportedProgram) -> bool:
+    """Whether no float arithmetic stands between one grid and the next."""
+    for node in program.graph.nodes:
+        if str(node.target) in ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default"):
+            source = node.args[0]
+            while source.op == "call_function" and str(source.target).rpartition(".")[0] in _KEEPS_VALUES:
+                source = source.args[0]
+            if source.op != "placeholder" and str(source.target) != "lightning_quant.dequantize.default":
+                return False
+    return True
+
+
+# -- its tensors of integers --
+
+_QUANTIZE, _DEQUANTIZE = "lightning_quant.quantize.default", "lightning_quant.dequantize.default"
+MAKE_INTEGERS = (_QUANTIZE, "lightning_quant.conv.default", "lightning_quant.linear.default")
+INTEGERS = (torch.uint8, torch.uint16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """A tensor of integers inside a program: its place among those that our operators make, its name, its layer."""
+
+    place: int
+    value: str
+    layer: str
+
+
+def taps_of(program: torch.export.ExportedProgram) -> list[Tap]:
+    """The tensors of integers that a program makes, without those that repeat another one's on the same grid."""
+    taps: list[Tap] = []
+    nodes = [node for node in program.graph.nodes if str(node.target) in MAKE_INTEGERS]
+    for place, node in enumerate(nodes):
+        if node.meta["val"].dtype not in INTEGERS or (str(node.target) == _QUANTIZE and _repeats(node)):
+            continue
+        taps.append(Tap(place=place, value=node.name, layer=_layer_of(node)))
+    return taps
+
+
+def _repeats(node: torch.fx.Node) -> bool:
+    """Whether a quantize node only undoes a dequantize node."""
+    source = node.args[0]
+    return isinstance(source, torch.fx.Node) and str(source.target) == _DEQUANTIZE and source.args[1:] == node.args[1:3]
+
+
+def zero_points_of(program: torch.export.ExportedProgram) -> list[tuple[str, int, int]]:
+    """(layer, zero point, middle of the grid's dtype) of every activation on a grid."""
+    found: list[tuple[str, int, int]] = []
+    for node in program.graph.nodes:
+        if str(node.target) in MAKE_INTEGERS and node.meta["val"].dtype in INTEGERS:
+            zero = node.args[2] if str(node.target) == _QUANTIZE else node.args[-4]
+            found.append((_layer_of(node), int(zero), 2**7 if node.meta["val"].dtype == torch.uint8 else 2**15))
+    return found
+
+
+def _layer_of(node: torch.fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+    return str(stack[-1][0]).partition("@")[0]
+
+
+def steps_of(program: torch.export.ExportedProgram) -> list[float | None]:
+    """For each output the step of its grid, if it has one."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    ends = [nodes.get(str(name)) for name in program.graph_signature.user_outputs]
+    return [float(end.args[1]) if end is not None and str(end.target) == _DEQUANTIZE else None for end in ends]
