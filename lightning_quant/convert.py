@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -59,12 +60,13 @@ def convert_model(model: nn.Module) -> nn.Module:
     groups = list(prepared_groups(deployed).values())
     for owner in [module for module in deployed.modules() if is_owner(module)]:
         deploy_sites(owner)
+    names = {id(module): name for name, module in deployed.named_modules()}
     for head, group in groups:
-        _deploy(deployed, head, group)
+        _deploy(deployed, head, group, names)
     return deployed.eval()
 
 
-def _deploy(deployed: nn.Module, head: nn.Module, group: Group) -> None:
+def _deploy(deployed: nn.Module, head: nn.Module, group: Group, names: Mapping[int, str]) -> None:
     """Put the integer layer of a group in the place of its head, and nothing in that of its members."""
     for member in (*group.ahead, *group.members):
         replace_module(deployed, member, nn.Identity())
@@ -80,7 +82,7 @@ def _deploy(deployed: nn.Module, head: nn.Module, group: Group) -> None:
         leave(group.activation)
         group.activation._forward_hooks.clear()
         group.activation._forward_pre_hooks.clear()
-        layer.take_over(group.activation)
+        layer.take_over(group.activation, names.get(id(group.activation), ""))
 
 
 def _hooked(model: nn.Module) -> list[str]:

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
+from lightning_quant.convert import copy_of
+from lightning_quant.files import packed, read_program, read_weights, unpacked, write_program, write_weights, written
+from lightning_quant.manifest import manifest_of, rebuilt, rebuilt_from
 from lightning_quant.onnx_graph import require, unshared_weights, write_onnx
 from lightning_quant.record import copied, moved, split_example
 from lightning_quant.targets import on_tensors, tensors_in
@@ -40,8 +43,8 @@ OPTIONS = ("example_input", "dynamic_batch", "atol")
 
 def check_format(suffix: Any, place: str) -> None:
     """Raise a ConfigError if `suffix` is no format, or one whose packages are missing; costs no import."""
-    if suffix not in _FORMATS:
-        raise ConfigError(f"{place}: unknown suffix {suffix!r}; known: {', '.join(_FORMATS)}.")
+    if suffix not in (known := (*_FORMATS, ".pt")):
+        raise ConfigError(f"{place}: unknown suffix {suffix!r}; known: {', '.join(known)}.")
     missing = [name for name in _ONNX_PACKAGES if suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -145,7 +148,7 @@ def onnxruntime_session(path: str | os.PathLike[str], *, exact_sums: bool = True
 
 
 def _run_program(path: Path) -> Callable[[Any], list[Tensor]]:
-    module = torch.export.load(path).module()
+    module = read_program(path).module()
 
     def run(example_input: Any) -> list[Tensor]:
         args, kwargs = split_example(example_input)
@@ -171,7 +174,7 @@ def _run_onnx(path: Path, exact_sums: bool = True) -> Callable[[Any], list[Tenso
 
 _FORMATS: dict[str, tuple[Callable[[torch.export.ExportedProgram, Path], None], Callable[[Path], Any]]] = {
     ".onnx": (write_onnx, _run_onnx),
-    ".pt2": (torch.export.save, _run_program),
+    ".pt2": (write_program, _run_program),
 }
 
 
@@ -234,14 +237,17 @@ def export_model(
     deployed: nn.Module,
     path: str | os.PathLike[str],
     *,
-    example_input: Any,
+    example_input: Any = None,
     dynamic_batch: bool = True,
     atol: float | None = None,
 ) -> Path:
     """Write a deployed model to `path`, in the format of its suffix, checked against the model before it appears there.
 
     `.onnx`: opset 21, QuantizeLinear/DequantizeLinear around Conv and Gemm, int8 weight and int32 bias initializers;
-    checked in onnxruntime. `.pt2`: an ExportedProgram with our own operators; `load_deployed` reads it.
+    checked in onnxruntime. `.pt2`: an ExportedProgram with our own operators; `load_deployed` reads it. `.pt`: the numbers and a
+    manifest that says of every deployed layer what it is; `load_deployed(path, model=net)` makes the model again from the float
+    net's class. The other arguments say nothing there: the check is that every number, and every output for `example_input` if
+    there is one, comes back bit for bit. Parameters of 2 and 4 bits are packed in the file. No file holds `example_input`.
 
     Args:
         deployed: what `convert_model` returned (any module in eval mode works). Moved nowhere: put it on the CPU first.
@@ -266,19 +272,55 @@ def export_model(
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
         )
+    if target.suffix == ".pt":
+        return _export_weights(deployed, target, example_input)
+    if example_input is None:
+        raise ConfigError(f"{target.suffix} export needs example_input: what the model is called with.")
     write, run = _FORMATS[target.suffix]
     example = moved(example_input, "cpu")
     program = _program(deployed, example, dynamic_batch)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
+    allowed = atol if atol is not None else (1e-4 if _only_integers_meet_grids(program) else 5e-2)
+    with written(target) as beside:
         write(program, beside)
-        allowed = atol if atol is not None else (1e-4 if _only_integers_meet_grids(program) else 5e-2)
         _check(beside, target, run(beside), deployed, example, allowed)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
     return target
+
+
+def _export_weights(deployed: nn.Module, target: Path, example_input: Any) -> Path:
+    """State dict and manifest, read back and compared before they appear at their path."""
+    state, small = packed(
+        {key: value.cpu() if isinstance(value, Tensor) else value for key, value in deployed.state_dict().items()}
+    )
+    with written(target) as beside:
+        write_weights({"manifest": manifest_of(deployed), "state": state, "packed": small}, beside)
+        found = read_weights(beside)
+        back = rebuilt_from(deployed, found["manifest"], unpacked(found["state"], found["packed"]))
+        if problem := _not_the_same(back, copy_of(deployed).to("cpu"), moved(example_input, "cpu")):
+            raise ParityError(f"{target.name}: read back, {problem}; nothing was written to {target}. Write a .pt2 file instead.")
+    return target
+
+
+def _not_the_same(found: nn.Module, wanted: nn.Module, example_input: Any) -> str:
+    """What is not bit for bit what it was; nothing if all is."""
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    keys = [key for key in {**theirs, **ours} if not _is_same(ours.get(key), theirs.get(key))]
+    if keys:
+        return f"{keys[0]!r} is not what it was"
+    if repr(found) != repr(wanted):
+        return "a layer is not what it was"
+    if example_input is not None:
+        args, kwargs = split_example(example_input)
+        with torch.no_grad():
+            pairs = [list(tensors_in(model(*copied(args), **copied(kwargs)))) for model in (found, wanted)]
+        if len(pairs[0]) != len(pairs[1]) or not all(map(_is_same, *pairs)):
+            return "the model gives other numbers on the example input"
+    return ""
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b)
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 class DeployedProgram(nn.Module):
@@ -299,20 +341,39 @@ class DeployedProgram(nn.Module):
         return self
 
 
-def load_deployed(path: str | os.PathLike[str]) -> nn.Module:
-    """The model in a `.pt2` file that `export_model` wrote, on CPU: an `nn.Module` that is always in eval mode.
+def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = None, example_input: Any = None) -> nn.Module:
+    """The model in a `.pt2` or `.pt` file that `export_model` wrote, on the CPU, in eval mode.
 
-    It takes its arguments as the example input gave them: those that were positional by position, the others by name.
+    A `.pt2` file needs nothing else and gives a module that is always in eval mode; it takes its arguments as the example input
+    gave them: those that were positional by position, the others by name. A `.pt` file has the numbers alone.
+
+    Args:
+        path: what `export_model` returned.
+        model: for a `.pt` file, the user's net: an instance of the class that was trained, made with the same arguments. The
+            result is a deployed copy; `model` is left as it is.
+        example_input: for a `.pt` file of a net that calls quantized operators as functions, where its forward cannot be traced:
+            what it is called with. It shows where the operators are called.
 
     Raises:
-        ConfigError: if the file is missing or is no such program.
+        ConfigError: if the file is missing, damaged, or none that `export_model` wrote, or if it does not fit `model`. Nothing of
+            the file is run.
     """
-    source = Path(path)
-    if source.suffix != ".pt2":
-        raise ConfigError(f"path {os.fspath(path)!r}: load_deployed reads .pt2 files; run .onnx files in onnxruntime.")
+    source, place = Path(path), f"path {os.fspath(path)!r}"
+    if source.suffix not in (".pt2", ".pt"):
+        raise ConfigError(f"{place}: load_deployed reads .pt2 and .pt files; run .onnx files in onnxruntime.")
     if not source.is_file():
-        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
+        raise ConfigError(f"{place}: there is no such file.")
+    if (source.suffix == ".pt") != (model is not None):
+        needs = (
+            "needs model, an instance of the class that was trained" if model is None else "is a model by itself: leave out model"
+        )
+        raise ConfigError(f"{place}: a {source.suffix} file {needs}.")
+    if model is None:
+        return DeployedProgram(read_program(source).module())
+    found = read_weights(source)
     try:
-        return DeployedProgram(torch.export.load(source).module())
+        return rebuilt(model, found["manifest"], unpacked(found["state"], found["packed"]), example_input=example_input)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"path {os.fspath(path)!r} is no program that export_model wrote, or is damaged: {error}") from error
+        raise ConfigError(f"{place} is no file that export_model wrote, or is damaged: {error!r}") from error

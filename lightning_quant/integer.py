@@ -413,12 +413,13 @@ class ActivatedLayer(nn.Module):
         self.layer, self.rounds_out = layer, None if y is None else Rounding(y)
         self.__dict__["_forward_of"] = activation  # not a child: the prepared model holds it already
         self.activation: nn.Module | None = None
+        self.origin = ""
         self.eval()
 
-    def take_over(self, activation: nn.Module) -> None:
-        """Become independent of the prepared model: `activation` is a module of its own class."""
+    def take_over(self, activation: nn.Module, origin: str) -> None:
+        """Become independent of the prepared model: `activation` is a module of its own class, which was `origin` there."""
         del self.__dict__["_forward_of"]
-        self.activation = activation.eval()
+        self.activation, self.origin = activation.eval(), origin
 
     def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
         """The layer, the activation, the rounding."""

@@ -384,7 +384,7 @@ def test_load_deployed_in_a_fresh_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.onnx", b"x", r"load_deployed reads \.pt2 files; run \.onnx files in onnxruntime"),
+        ("model.onnx", b"x", r"load_deployed reads \.pt2 and \.pt files; run \.onnx files in onnxruntime"),
         ("absent.pt2", None, "there is no such file"),
         ("model.pt2", b"not a zip", "is no program that export_model wrote, or is damaged"),
     ],
