@@ -419,6 +419,13 @@ def operator_groups(module: nn.Module) -> list[OperatorGroup]:
     return [] if sites is None else [act.group for act in sites.acts.values() if isinstance(act, Head)]
 
 
+def operators_aside(module: nn.Module) -> list[nn.Module]:
+    """The deployed operators of an owner that are not its children."""
+    sites: Sites | None = module.__dict__.get(SITES)
+    acts = [] if sites is None else sites.acts.values()
+    return [act.child for act in acts if isinstance(act, Deployed) and isinstance(act.child, nn.Module)]
+
+
 def deploy_sites(owner: nn.Module) -> None:
     """Make the owner in a converted copy independent of groups: a `RoundedOperator` for each planned operator, as a child."""
     sites: Sites = owner.__dict__[SITES]
