@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -366,7 +367,40 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     assert sorted(one.name for one in tmp_path.iterdir()) == sorted([*kept, "model.pt"])
 
 
-def test_who_reads_while_another_writes_sees_a_whole_file(tmp_path: Path) -> None:
+READER = """
+import hashlib, io, pathlib, sys, zipfile
+path, seen, reads = pathlib.Path(sys.argv[1]), set(), 0
+print("ready", flush=True)
+while not path.with_name("stop").exists() or not reads:
+    content = path.read_bytes()
+    assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    seen.add(hashlib.sha256(content).hexdigest())
+    reads += 1
+print(reads, *sorted(seen))
+"""
+
+
+@SUFFIXES
+def test_another_process_that_reads_while_we_write_sees_a_whole_file(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    deployed = [convert_model(trained(CONFIGS[name])) for name in ("default", "per_tensor")]
+    written = {hashlib.sha256(export_model(deployed[0], path, example_input=X).read_bytes()).hexdigest()}
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+    for index in range(1, 5):
+        export_model(deployed[index % 2], path, example_input=X)
+        written.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    (tmp_path / "stop").touch()
+    said, problem = reader.communicate(timeout=60)
+    assert reader.returncode == 0, problem
+    reads, *seen = said.split()
+    assert int(reads) >= 5 and set(seen) <= written and len(seen) >= 2
+    assert sorted(one.name for one in tmp_path.iterdir()) == [path.name, "stop"]
+
+
+def test_loading_while_another_thread_writes_gives_one_of_both_models(tmp_path: Path) -> None:
     """Two files take turns at one path; every reading of it is one of the two."""
     path = tmp_path / "model.pt"
     deployed = [convert_model(trained(CONFIGS[name])) for name in ("default", "per_tensor")]
