@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of
+from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
 from lightning_quant.files import packed, read_program, read_weights, unpacked, write_program, write_weights, written
 from lightning_quant.manifest import manifest_of, rebuilt, rebuilt_from
 from lightning_quant.onnx_graph import require, unshared_weights, write_onnx
@@ -38,7 +39,7 @@ class ParityError(RuntimeError):
 
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPTIONS = ("example_input", "dynamic_batch", "atol")
+OPTIONS = ("example_input", "dynamic_batch", "atol", "dialect")
 
 
 def check_format(suffix: Any, place: str) -> None:
@@ -240,6 +241,7 @@ def export_model(
     example_input: Any = None,
     dynamic_batch: bool = True,
     atol: float | None = None,
+    dialect: str = "lightning_quant",
 ) -> Path:
     """Write a deployed model to `path`, in the format of its suffix, checked against the model before it appears there.
 
@@ -257,7 +259,9 @@ def export_model(
         dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
-            operator stands before a quantizer, whose last bit may tip a value to the next level.
+            operator stands before a quantizer, whose last bit may tip a value to the next level, or where `dialect` is given.
+        dialect: of a .pt2 file: our own operators, exact; or "quantized_decomposed" for torchao's x86 lowering and ExecuTorch
+            (see dialects.py).
 
     Returns:
         The path.
@@ -272,14 +276,19 @@ def export_model(
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
         )
+    check_dialect(dialect, target.suffix)
     if target.suffix == ".pt":
         return _export_weights(deployed, target, example_input)
     if example_input is None:
         raise ConfigError(f"{target.suffix} export needs example_input: what the model is called with.")
     write, run = _FORMATS[target.suffix]
     example = moved(example_input, "cpu")
-    program = _program(deployed, example, dynamic_batch)
-    allowed = atol if atol is not None else (1e-4 if _only_integers_meet_grids(program) else 5e-2)
+    if dialect == DIALECTS[0]:
+        program = _program(deployed, example, dynamic_batch)
+        exact = _only_integers_meet_grids(program)
+    else:
+        program, exact = without_pairs(_program(in_quantized_decomposed(deployed), example, dynamic_batch)), False
+    allowed = atol if atol is not None else (1e-4 if exact else 5e-2)
     with written(target) as beside:
         write(program, beside)
         _check(beside, target, run(beside), deployed, example, allowed)

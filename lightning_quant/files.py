@@ -9,6 +9,7 @@ with a checksum for each member.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -187,6 +188,8 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
         ConfigError: for any other file.
     """
     content = _whole(path)
+    if b"quantized_decomposed" in content:
+        importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers them
     try:
         _check_program(path, content)
         return torch.export.load(io.BytesIO(content))
