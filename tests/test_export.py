@@ -386,7 +386,7 @@ def test_load_deployed_in_a_fresh_process(tmp_path: Path) -> None:
     [
         ("model.onnx", b"x", r"load_deployed reads \.pt2 and \.pt files; run \.onnx files in onnxruntime"),
         ("absent.pt2", None, "there is no such file"),
-        ("model.pt2", b"not a zip", "is no program that export_model wrote, or is damaged"),
+        ("model.pt2", b"not a zip", "is no file that export_model wrote, or is damaged"),
     ],
 )
 def test_load_deployed_refuses(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
