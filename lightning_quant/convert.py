@@ -81,9 +81,10 @@ def set_mode(deployed: Model, mode: str) -> Model:
 
     "integer": exact integers, held in float32, at the speed of the float model; what eval of the prepared model computes, bit for
     bit, and what files are checked against. "onednn": the same numbers, bit for bit, with torch's int8 CPU kernels where the CPU
-    has them and the layer fits; a warning names the layers that go on as in "integer". "reference": float32 arithmetic on
-    dequantized integers by torch's own operators, for any device, under autocast and torch.compile; sums are not exact, so that a
-    value near the middle of two levels may come out as the other one.
+    has them and the layer fits; a warning names the layers that go on as in "integer". Inputs in torch.channels_last, the
+    kernels' own layout, save a copy a layer. "reference": float32 arithmetic on dequantized integers by torch's own operators,
+    for any device, under autocast and torch.compile; sums are not exact, so that a value near the middle of two levels may come
+    out as the other one.
 
     Raises:
         ConfigError: if `mode` is unknown, or `deployed` has no deployed layer.
