@@ -53,7 +53,7 @@ class QuantTrainer(Trainer):
         self,
         model: LightningModule,
         ckpt_path: str | None,
-        format: Literal["onnx", "pt2"] | None = None,
+        format: Literal["onnx", "pt2", "pt"] | None = None,
         output: str | None = None,
         dynamic_batch: bool = True,
         dynamic_size: bool = False,
@@ -68,7 +68,7 @@ class QuantTrainer(Trainer):
         Args:
             model: the config's.
             ckpt_path: the checkpoint, saved in a fit with QuantFusionCallback.
-            format: onnx or pt2; left out, the output's suffix, else onnx.
+            format: onnx, pt2 or pt (numbers and a manifest); left out, the output's suffix, else onnx.
             output: the file to write; left out, it stands beside the checkpoint and has its name.
             dynamic_batch: leave the batch size free.
             dynamic_size: leave height and width, or the length, free.

@@ -17,8 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod, remove
 from lightning_quant.config import ConfigError
 from lightning_quant.fusion import Ending
 from lightning_quant.group import Group, Strays, leave, watching
-from lightning_quant.integer import ActivatedLayer
-from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner
+from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Rounding
+from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner, operators_aside
 from lightning_quant.prepare import prepared_groups, quantizers_of
 from lightning_quant.sites import Operator
 from lightning_quant.wrapped import QuantizedModule
@@ -26,7 +26,7 @@ from lightning_quant.wrapped import QuantizedModule
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def convert_model(model: nn.Module) -> nn.Module:
+def convert_model(model: nn.Module, *, mode: str = "integer") -> nn.Module:
     """A deployed copy of a prepared model: same class and call, fused groups replaced by folded integer layers.
 
     In the copy the head of every group is an `IntegerLayer` (int8 weight, int32 bias; float arithmetic on int8 weights
@@ -34,12 +34,13 @@ def convert_model(model: nn.Module) -> nn.Module:
     `QuantizedModule` (integer parameters around its own forward), and everything runs in eval mode on the device the model
     is on. Hooks on members of groups are not copied (a warning names those that see what goes in or comes out). The result equals
     the prepared model's eval mode without gradients bit for bit, unless the model's forward looks into its layers; what the
-    schedule has not yet quantized is integers here all the same.
+    schedule has not yet quantized is integers here all the same. `mode`: see `set_mode`.
 
     Raises:
-        ConfigError: if the model is not prepared, a range was never observed, or the data took another way than in the recorded
-            forward (the layers are named).
+        ConfigError: if `mode` is unknown, the model is not prepared, a range was never observed, or the data took another way
+            than in the recorded forward (the layers are named).
     """
+    check_mode(mode)
     if not prepared_groups(model):
         raise ConfigError(
             f"{type(model).__name__} is not prepared; call prepare_model(model, plan) and train or calibrate it first."
@@ -64,12 +65,58 @@ def convert_model(model: nn.Module) -> nn.Module:
     groups = list(prepared_groups(deployed).values())
     for owner in [module for module in deployed.modules() if is_owner(module)]:
         deploy_sites(owner)
+    names = {id(module): name for name, module in deployed.named_modules()}
     for head, group in groups:
-        _deploy(deployed, head, group)
-    return deployed.eval()
+        _deploy(deployed, head, group, names)
+    return set_mode(deployed.eval(), mode)
 
 
-def _deploy(deployed: nn.Module, head: nn.Module, group: Group) -> None:
+MODES = ("integer", "reference", "onednn")
+
+
+def check_mode(mode: Any) -> None:
+    """Raise a ConfigError if `mode` is none."""
+    if mode not in MODES:
+        raise ConfigError(f"mode: {mode!r} is not one of {', '.join(MODES)}.")
+
+
+def set_mode(deployed: Model, mode: str) -> Model:
+    """Have a deployed model compute in another way, in place, and return it. No file holds the mode.
+
+    "integer": exact integers, held in float32, at the speed of the float model; what eval of the prepared model computes, bit for
+    bit, and what files are checked against. "onednn": the same numbers, bit for bit, with torch's int8 CPU kernels where the CPU
+    has them and the layer fits; a warning names the layers that go on as in "integer". Inputs in torch.channels_last, the
+    kernels' own layout, save a copy a layer. "reference": float32 arithmetic on dequantized integers by torch's own operators,
+    for any device, under autocast and torch.compile; sums are not exact, so that a value near the middle of two levels may come
+    out as the other one.
+
+    Raises:
+        ConfigError: if `mode` is unknown, or `deployed` has no deployed layer.
+    """
+    check_mode(mode)
+    kinds = (IntegerLayer, PartlyIntegerLayer, Rounding, QuantizedModule)
+    layers = {name: module for name, module in _everything(deployed) if isinstance(module, kinds)}
+    if not layers:
+        raise ConfigError(f"{type(deployed).__name__} has no deployed layer; give what convert_model returned.")
+    reasons: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        layer.mode = mode
+        if mode == "onednn" and isinstance(layer, IntegerLayer) and (reason := layer.onednn_problem()):
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        warnings.warn(f"mode 'onednn': {', '.join(names)} run as in 'integer': {reason}.", stacklevel=2)
+    return deployed
+
+
+def _everything(deployed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules, with those that stand beside the module tree because their owner would call them."""
+    for name, module in deployed.named_modules():
+        yield name, module
+        for number, layer in enumerate(operators_aside(module)):
+            yield from layer.named_modules(prefix=f"{name}.operator_{number}")
+
+
+def _deploy(deployed: nn.Module, head: nn.Module, group: Group, names: Mapping[int, str]) -> None:
     """Put the integer layer of a group in the place of its head, and nothing in that of its members."""
     for member in (*group.ahead, *group.members):
         replace_module(deployed, member, nn.Identity())
@@ -85,7 +132,7 @@ def _deploy(deployed: nn.Module, head: nn.Module, group: Group) -> None:
         leave(group.activation)
         group.activation._forward_hooks.clear()
         group.activation._forward_pre_hooks.clear()
-        layer.take_over(group.activation)
+        layer.take_over(group.activation, names.get(id(group.activation), ""))
 
 
 def _hooked(model: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_quant import onednn
 from lightning_quant.geometry import Geometry
 from lightning_quant.operators import along_channels, exact_float, is_exact_float, step_on
 from lightning_quant.quantizers import Grid
@@ -125,25 +126,33 @@ class DirectLayer:
         buffers: of the layer, by name: weight, scale, zero_point, bias.
         settings: of the layer: geometry, grid of the input, grid of the output, ends of an activation on a float output.
 
-    `possible`: whether its sums can be split so that float32 holds them; else the operators compute in float64. The weights are
-    held in float32, beside the layer's int8: four bytes more a weight, from the first forward on.
+    `mode`: "onednn" for torch's int8 kernels, where they can run this layer. `possible`: whether its sums can be split so that
+    float32 holds them; else the operators compute in float64. The weights are held in float32, beside the layer's int8, or packed
+    for those kernels: four bytes more a weight, or one, from the first forward on.
     """
 
-    def __init__(self, buffers: Buffers, settings: Settings) -> None:
+    def __init__(self, buffers: Buffers, settings: Settings, mode: str = "integer") -> None:
         weight, scale, zero_point, bias = (buffers[name] for name in _BUFFERS)
         assert weight is not None
         assert scale is not None
         assert bias is not None
-        self.made_from, self.marks, self.settings = dict(buffers), marks_of(buffers), settings
+        self.made_from, self.marks, self.settings, self.mode = dict(buffers), marks_of(buffers), settings, mode
         self.geometry, self.x, self.y, self.rectify = settings
         g, x, y, dim = self.geometry, self.x, self.y, weight.dim()
         linear = g.kind == "linear"
-        found = parts_of(sides_of(weight, zero_point), bias, x)
+        sides = sides_of(weight, zero_point)
+        found = parts_of(sides, bias, x)
         self.possible = found is not None and scale.dtype == torch.float32  # `.half()` reaches scales
         if found is None:
             return
         self.widths, early = found
-        self.parts = [part.contiguous() for part in shifted(weight, zero_point).split(self.widths, 1)]
+        self.parts: list[Tensor | onednn.Kernel] = []
+        if mode == "onednn" and not onednn.problem(weight, zero_point, x, g):
+            biases = [bias if early else None, *[None] * (len(self.widths) - 1)]
+            pieces = zip(weight.split(self.widths, 1), biases, strict=True)
+            self.parts += [onednn.Kernel(piece, one, x, g) for piece, one in pieces]
+        else:
+            self.parts += [part.contiguous() for part in shifted(weight, zero_point).split(self.widths, 1)]
         self.bias = bias.to(torch.float32) if early else None
         self.late = None if early else bias.double()
         self.x_scale = step_on(x.scale, weight.device)
@@ -189,7 +198,9 @@ class DirectLayer:
             total.add_(along_channels(self.late, total.dim(), 1))
         return total.float()
 
-    def _multiply(self, q: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    def _multiply(self, q: Tensor, w: Tensor | onednn.Kernel, bias: Tensor | None) -> Tensor:
+        if isinstance(w, onednn.Kernel):  # it has the bias
+            return w(q)
         if self.dim == 4 and (few := convolve_few(q, w, bias, self.geometry)) is not None:
             return few
         out: Tensor = getattr(F, self.function)(q, w, bias, *self.options)

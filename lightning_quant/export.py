@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Owns the outside world: a deployed model becomes a file, is checked against the model it came from, and comes back.
 
-A file is written beside its target and renamed when its check has passed: a failed export leaves the target as it was.
+A file is written beside its target and takes its place when its check has passed: a failed export leaves the target as it was.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
+from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
 from lightning_quant.execution import ExecutionReport, execution_report
+from lightning_quant.files import written
+from lightning_quant.formats import FORMATS, WEIGHTS, Profile, check_format, run_onnx, style_of
 from lightning_quant.integer import IntegerLayer
-from lightning_quant.onnx_graph import Dialect, write_onnx
+from lightning_quant.loading import load_deployed, write_numbers
 from lightning_quant.parity import (
     LayerParity,
     ParityError,
@@ -35,14 +36,13 @@ from lightning_quant.parity import (
     raise_unless,
 )
 from lightning_quant.prepare import prepared_groups, simulated
-from lightning_quant.program import Tap, only_integers_meet_grids, program_of, steps_of, taps_of, zero_points_of
+from lightning_quant.program import only_integers_meet_grids, program_of, steps_of, taps_of
 from lightning_quant.record import copied, moved, split_example, undisturbed
-from lightning_quant.runtime import EXACT_SUMS, made_in, onnxruntime_session, runner
+from lightning_quant.runtime import EXACT_SUMS, onnxruntime_session
 from lightning_quant.targets import on_tensors, tensors_in
 
 __all__ = [
     "OPTIONS",
-    "DeployedProgram",
     "Exported",
     "ParityError",
     "Profile",
@@ -54,18 +54,6 @@ __all__ = [
     "load_deployed",
     "onnxruntime_session",
 ]
-_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-def check_format(suffix: Any, place: str) -> None:
-    """Raise a ConfigError if `suffix` is no format, or one whose packages are missing; costs no import."""
-    if suffix not in _FORMATS:
-        raise ConfigError(f"{place}: unknown suffix {suffix!r}; known: {', '.join(_FORMATS)}.")
-    missing = [name for name in _ONNX_PACKAGES if suffix == ".onnx" and importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{place}: ONNX export needs {', '.join(missing)}, which is not installed: pip install 'lightning_quant[onnx]'."
-        )
 
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -95,70 +83,6 @@ def export_options(export: Any) -> dict[str, dict[str, Any]]:
     return options
 
 
-# -- formats: one row each ------------------------------------------------------------------------------------------------
-
-Run = Callable[[Any], tuple[list[Tensor], list[Tensor | None]]]  # example input -> (outputs, integers at the taps)
-
-
-def _run_program(path: Path, taps: Sequence[Tap] = ()) -> Run:
-    module = torch.export.load(path).module()
-
-    def run(example_input: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-        outputs, made = call_watched(module, example_input)
-        return outputs, [made[tap.place] if tap.place < len(made) else None for tap in taps]
-
-    return run
-
-
-def _run_onnx(path: Path, taps: Sequence[Tap] = (), exact_sums: bool = True) -> Run:
-    try:
-        there = made_in(path, {tap.value for tap in taps}) if taps else []
-        session = runner(path, exact_sums=exact_sums, more=there)
-    except Exception as error:
-        raise ParityError(f"onnxruntime cannot run the exported file, so it was not written: {error}") from error
-
-    def run(example_input: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-        outputs, found = session(example_input)
-        values = dict(zip(there, found, strict=True))
-        return outputs, [values.get(tap.value) for tap in taps]
-
-    return run
-
-
-def _save_program(program: torch.export.ExportedProgram, path: Path, **_: Any) -> None:
-    torch.export.save(program, path)
-
-
-_FORMATS: dict[str, tuple[Callable[..., None], Callable[..., Run]]] = {
-    ".onnx": (write_onnx, _run_onnx),
-    ".pt2": (_save_program, _run_program),
-}
-
-Profile = Literal["onnxruntime", "openvino", "tensorrt"]
-_PROFILES = {
-    "onnxruntime": Dialect(packed=True),
-    "openvino": Dialect(float_clips=True),
-    "tensorrt": Dialect(signed=True, float_clips=True, float_biases=True),
-}
-
-
-def _dialect(profile: str, signed: bool | None, program: torch.export.ExportedProgram) -> Dialect:
-    if profile not in _PROFILES:
-        raise ConfigError(f"profile: expected one of {', '.join(map(repr, _PROFILES))}, got {profile!r}.")
-    dialect = _PROFILES[profile]
-    if signed is not None:
-        dialect = replace(dialect, signed=signed)
-    shifted = [layer for layer, zero, middle in zero_points_of(program) if zero != middle]
-    if profile == "tensorrt" and (shifted or not dialect.signed):
-        names = ", ".join(dict.fromkeys(repr(name) for name in shifted[:5]))
-        raise ConfigError(
-            "profile='tensorrt': TensorRT knows signed activations with the zero point 0 alone, and "
-            + (f"those of {names} have another" if shifted else "signed=False asks for unsigned ones")
-            + ". Train with quant_dtype 'int8' and quant_scheme 'symmetric' for _input_ and _output_, and leave signed out."
-        )
-    return dialect
-
-
 # -- export and its check -------------------------------------------------------------------------------------------------
 
 
@@ -186,11 +110,12 @@ class _Comparison:
     deployed: nn.Module
     program: torch.export.ExportedProgram
     free: bool
+    exact: bool  # whether a runtime can only agree
 
     def __call__(self, example: Any, prepared: nn.Module | None = None) -> ParityReport:
         """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed)."""
         taps, steps = taps_of(self.program), steps_of(self.program)
-        run = _FORMATS[self.path.suffix][1]
+        run = FORMATS[self.path.suffix][1]
         wanted = _call(self.deployed, example)
         outputs = outputs_parity(_PAIR, run(self.path)(copied(example))[0], wanted, steps)
         if prepared is not None:
@@ -212,9 +137,8 @@ class _Comparison:
         return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs))
 
     def raise_unless(self, report: ParityReport, atol: float | None, min_equal: float | None, why: str) -> None:
-        exact = only_integers_meet_grids(self.program)
-        allowed = atol if atol is not None else (1e-4 if exact else 5e-2)
-        least = min_equal if min_equal is not None else (1.0 if exact and atol is None else 0.0)
+        allowed = atol if atol is not None else (1e-4 if self.exact else 5e-2)
+        least = min_equal if min_equal is not None else (1.0 if self.exact and atol is None else 0.0)
         raise_unless(report, target=self.name, pair=_PAIR, atol=allowed, min_equal=least, why=why)
 
 
@@ -234,14 +158,15 @@ class Exported:
 
     def summary(self) -> str:
         """One line."""
-        return "; ".join([self.parity.summary(), *([self.execution.summary()] if self.execution is not None else [])])
+        first = self.parity.summary() or "every number comes back bit for bit"
+        return first if self.execution is None else f"{first}; {self.execution.summary()}"
 
 
 def export_model(
     deployed: nn.Module,
     path: str | os.PathLike[str],
     *,
-    example_input: Any,
+    example_input: Any = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     atol: float | None = None,
@@ -251,13 +176,17 @@ def export_model(
     signed: bool | None = None,
     reduce_range: bool = False,
     metadata: Mapping[str, str] | None = None,
+    dialect: str = DIALECTS[0],
 ) -> Path:
     """Write a deployed model to `path`, in the format of its suffix, checked against the model before it appears there.
 
     `.onnx`: opset 21, QuantizeLinear/DequantizeLinear around Conv and Gemm, int8 weight and int32 bias initializers (INT4 where a
     weight's integers have no more than 4 bits; onnxruntime widens them when it loads); checked in onnxruntime. Its metadata say
     versions, the grids of its inputs and the work of each node. `.pt2`: an ExportedProgram with our own operators;
-    `load_deployed` reads it. `export_with_reports` is the same and returns what was found.
+    `load_deployed` reads it. `.pt`: the numbers and a manifest that says of every deployed layer what it is;
+    `load_deployed(path, model=net)` makes the model again from the float net's class. There the check is that every number, and
+    every output for `example_input` if there is one, comes back bit for bit; parameters of 2 and 4 bits are packed. No file holds
+    `example_input`. `export_with_reports` is the same and returns what was found.
 
     Args:
         deployed: what `convert_model` returned (any module in eval mode works). Moved nowhere: put it on the CPU first.
@@ -268,7 +197,7 @@ def export_model(
         dynamic_size: leave dimensions 2 and up free on every input: height and width, or length.
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
-            operator stands before a quantizer, whose last bit may tip a value to the next level.
+            operator stands before a quantizer, whose last bit may tip a value to the next level, or where `dialect` is given.
         min_equal: the least share of equal integers in any layer. None: 1.0 where atol's None means 1e-4, else 0.
         min_int8_share: `.onnx`: the least share of multiply-adds that onnxruntime runs in int8.
         profile: `.onnx`: the runtime that it is for. "onnxruntime": unsigned activations, activation functions that saturation
@@ -278,6 +207,8 @@ def export_model(
         reduce_range: check that no weight needs more than 7 bits, so that sums do not saturate on CPUs without VNNI, and that
             onnxruntime's default kernels agree here. Nothing is rounded anew: train with quant_dtype 'int7' for weights.
         metadata: `.onnx`: further metadata, keys without the prefix `lightning_quant.`.
+        dialect: `.pt2`: our own operators, exact; or "quantized_decomposed" for torchao's x86 lowering and ExecuTorch (see
+            dialects.py).
 
     Returns:
         The path.
@@ -313,28 +244,38 @@ def _export(
     signed: bool | None,
     reduce_range: bool,
     metadata: Mapping[str, str] | None,
+    dialect: str,
 ) -> Exported:
     check_format(target.suffix, f"path {os.fspath(target)!r}")
     if any(module.training for module in deployed.modules()):
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
         )
+    check_dialect(dialect, target.suffix)
     given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
     given["profile"] = None if profile == "onnxruntime" else profile
     if target.suffix != ".onnx" and (named := [name for name, value in given.items() if value is not None]):
         raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
-    write = _FORMATS[target.suffix][0]
-    example = moved(example_input, "cpu")
-    program = program_of(deployed, example, dynamic_batch, dynamic_size)
-    dialect = _dialect(profile, signed, program)
     if reduce_range:
         _check_range(deployed)
+    example = moved(example_input, "cpu")
+    if target.suffix == WEIGHTS:
+        with written(target) as beside:
+            report = write_numbers(deployed, beside, target, example)
+        return Exported(path=target, parity=report, execution=None)
+    if example_input is None:
+        raise ConfigError(f"{target.suffix} export needs example_input: what the model is called with.")
+    ours = dialect == DIALECTS[0]
+    program = program_of(deployed if ours else in_quantized_decomposed(deployed), example, dynamic_batch, dynamic_size)
+    if ours:
+        style = style_of(profile, signed, program)
+    else:
+        style, program = style_of("onnxruntime", None, program), without_pairs(program)
+    exact = ours and only_integers_meet_grids(program)
     notes = {"package": _version(), "torch": torch.__version__, "profile": profile, **(metadata or {})}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        write(program, beside, dialect=dialect, notes=notes)
-        compare = _Comparison(path=beside, name=target.name, deployed=deployed, program=program, free=dynamic_batch)
+    with written(target) as beside:
+        FORMATS[target.suffix][0](program, beside, style=style, notes=notes)
+        compare = _Comparison(path=beside, name=target.name, deployed=deployed, program=program, free=dynamic_batch, exact=exact)
         report = compare(example)
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
@@ -346,9 +287,6 @@ def _export(
                     f"{target.name}: onnxruntime would run {execution.int8_share:.1%} of the multiply-adds in int8, less than "
                     f"the {min_int8_share:.1%} of min_int8_share; nothing was written to {target}. {execution.summary()}."
                 )
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
     return Exported(path=target, parity=report, execution=execution)
 
 
@@ -388,7 +326,14 @@ def check_parity(
         example = moved(batch, "cpu")
         if compare is None:
             program = program_of(deployed, example, dynamic_batch)
-            compare = _Comparison(path=source, name=source.name, deployed=deployed, program=program, free=dynamic_batch)
+            compare = _Comparison(
+                path=source,
+                name=source.name,
+                deployed=deployed,
+                program=program,
+                free=dynamic_batch,
+                exact=only_integers_meet_grids(program),
+            )
         reports.append(compare(example, prepared))
     if compare is None:
         raise ConfigError("batches: there is none; give at least one example input.")
@@ -403,7 +348,7 @@ def _check_default_kernels(
     path: Path, target: Path, wanted: list[Tensor], example: Any, compare: _Comparison, atol: float | None, must: bool
 ) -> None:
     """Where onnxruntime's default kernels saturate and differ: an error if the caller ruled that out, else a warning."""
-    outputs = outputs_parity(_PAIR, _run_onnx(path, exact_sums=False)(copied(example))[0], wanted, [])
+    outputs = outputs_parity(_PAIR, run_onnx(path, exact_sums=False)(copied(example))[0], wanted, [])
     try:
         compare.raise_unless(ParityReport(file=target.name, layers=(), outputs=tuple(outputs)), atol, None, "")
     except ParityError as error:
@@ -435,40 +380,3 @@ def _version() -> str:
         return version("lightning_quant")
     except PackageNotFoundError:  # run from a checkout
         return "unknown"
-
-
-class DeployedProgram(nn.Module):
-    """An exported program as a module of an ordinary evaluation loop: `eval()` does nothing, `train()` is refused."""
-
-    def __init__(self, program: nn.Module) -> None:
-        super().__init__()
-        self.program, self.training = program, False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program."""
-        return self.program(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode."""
-        if mode:
-            raise ConfigError("a loaded program cannot be trained; train the model that it was converted from.")
-        return self
-
-
-def load_deployed(path: str | os.PathLike[str]) -> nn.Module:
-    """The model in a `.pt2` file that `export_model` wrote, on CPU: an `nn.Module` that is always in eval mode.
-
-    It takes its arguments as the example input gave them: those that were positional by position, the others by name.
-
-    Raises:
-        ConfigError: if the file is missing or is no such program.
-    """
-    source = Path(path)
-    if source.suffix != ".pt2":
-        raise ConfigError(f"path {os.fspath(path)!r}: load_deployed reads .pt2 files; run .onnx files in onnxruntime.")
-    if not source.is_file():
-        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
-    try:
-        return DeployedProgram(torch.export.load(source).module())
-    except Exception as error:
-        raise ConfigError(f"path {os.fspath(path)!r} is no program that export_model wrote, or is damaged: {error}") from error

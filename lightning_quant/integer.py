@@ -26,19 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers them)
+from lightning_quant import onednn
 from lightning_quant.config import ConfigError, TensorSpec
 from lightning_quant.direct import (
     EXACT_FLOAT32,
     DirectLayer,
     carried,
     marks_of,
+    parts_of,
     plain,
     round_to,
     sides_of,
     worst_sum,
 )
 from lightning_quant.geometry import Geometry, as_signal
-from lightning_quant.operators import along_channels, step_on
+from lightning_quant.operators import along_channels, dequantized_weight, round_by_blocks, step_on
 from lightning_quant.quantizers import BlockGrid, Grid, SignGrid, sign, wide
 from lightning_quant.weights import WeightQuantizer
 
@@ -110,6 +112,7 @@ class Rounding(KeepsDtypes):
         clip: end at the levels that an absorbed activation leaves.
     """
 
+    mode = "integer"  # see `set_mode`
     scale: Tensor
     zero_point: Tensor
 
@@ -133,11 +136,14 @@ class Rounding(KeepsDtypes):
         ops = torch.ops.lightning_quant
         if self.sign:
             return sign(x).float()
+        if self.grid is not None and self.mode == "reference":
+            return rounded_by_floats(x, self.grid.scale, self.low - self.grid.zero_point, self.high - self.grid.zero_point)
         if self.grid is None:
             have, want = tuple(self.scale.shape), tuple(x.shape)
             if len(have) != len(want) or any(n not in (1, size) for n, size in zip(have, want, strict=True)):
                 raise ConfigError(f"an activation of shape {want} met scales for the blocks of another shape, {have}.")
-            rounded: Tensor = ops.round_blocks(x, self.scale, self.zero_point, self.low, self.high)
+            round_blocks = round_by_blocks if self.mode == "reference" else ops.round_blocks
+            rounded: Tensor = round_blocks(x, self.scale, self.zero_point, self.low, self.high)
         elif plain(x):
             low, high = self.low - self.grid.zero_point, self.high - self.grid.zero_point
             step = step_on(self.grid.scale, x.device)
@@ -150,6 +156,12 @@ class Rounding(KeepsDtypes):
     def extra_repr(self) -> str:
         """The integers."""
         return "sign" if self.sign else f"{self.low}..{self.high}" + (" for each block" if self.grid is None else "")
+
+
+def rounded_by_floats(x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    """clamp(round(x / scale), low, high) * scale in float32, by torch's operators; the ends count from the zero point."""
+    step = step_on(scale, x.device)
+    return torch.clamp(torch.round(x.float() / step), low, high) * step
 
 
 class Stamp:
@@ -245,6 +257,7 @@ class IntegerLayer(KeepsDtypes):
     Shapes: as `nn.Conv*d` and `nn.Linear`; any floating dtype in, the same dtype out (float32 under autocast).
     """
 
+    mode = "integer"  # see `set_mode`
     weight: Tensor
     scale: Tensor
     zero_point: Tensor | None
@@ -275,6 +288,8 @@ class IntegerLayer(KeepsDtypes):
 
     def forward(self, input: Tensor) -> Tensor:
         """Quantize, multiply and accumulate, requantize, dequantize."""
+        if self.mode == "reference":
+            return self._by_floats(input)
         if plain(input) and (direct := self._direct_now()) is not None:
             return direct(input)
         return self._by_operators(input)
@@ -286,10 +301,16 @@ class IntegerLayer(KeepsDtypes):
         direct: DirectLayer | None = self.__dict__.get(_DIRECT)
         if marks is None:
             return None
-        if direct is None or direct.marks != marks or direct.settings != settings:
+        if direct is None or direct.marks != marks or direct.settings != settings or direct.mode != self.mode:
             with torch.inference_mode(False), torch.no_grad():  # other modes may use it, too
-                direct = self.__dict__[_DIRECT] = DirectLayer(self._buffers, settings)
+                direct = self.__dict__[_DIRECT] = DirectLayer(self._buffers, settings, self.mode)
         return direct if direct.possible else None
+
+    def onednn_problem(self) -> str:
+        """Why torch's int8 kernels cannot run this layer; nothing if they can."""
+        if parts_of(sides_of(self.weight, self.zero_point), self.bias, self.x) is None:
+            return "the sums of a single input channel may pass 2^24"
+        return onednn.problem(self.weight, self.zero_point, self.x, self.geometry)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__.pop(_DIRECT, None)
@@ -314,6 +335,24 @@ class IntegerLayer(KeepsDtypes):
         elif self.rectify is not None:
             out = out.clamp(*self.rectify)
         return carried(self.geometry.from_kernel(out, input, self.weight.dim()), input.dtype)
+
+    def _by_floats(self, input: Tensor) -> Tensor:
+        """As `forward`, in float32 on dequantized integers, by torch's operators alone: the last bit of a sum may tip a level."""
+        x, y, g, dim = self.x, self.y, self.geometry, self.weight.dim()
+        with torch.autocast(input.device.type, enabled=False):
+            w = dequantized_weight(self.weight, self.scale, self.zero_point)
+            b = self.bias.to(torch.float32) * (x.scale * self.scale)
+            q = rounded_by_floats(g.for_kernel(input.float(), dim), x.scale, x.qmin - x.zero_point, x.qmax - x.zero_point)
+            if g.kind == "linear":
+                out = F.linear(q, w, b)
+            else:
+                convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dim - 2]
+                out = convolve(q, w, b, g.stride, g.padding, g.dilation, g.groups)
+            if y is not None:
+                out = rounded_by_floats(out, y.scale, y.clip_low - y.zero_point, y.clip_high - y.zero_point)
+            elif self.rectify is not None:
+                out = out.clamp(*self.rectify)
+        return carried(g.from_kernel(out, input, dim), input.dtype)
 
     def _multiply(self, q: Tensor) -> Tensor:
         ops, g, y = torch.ops.lightning_quant, self.geometry, self.y
@@ -342,6 +381,7 @@ class PartlyIntegerLayer(KeepsDtypes):
         rectify: (low, high) of an activation that no output grid applies, or None.
     """
 
+    mode = "integer"  # see `set_mode`
     weight: Tensor
     scale: Tensor | None
     zero_point: Tensor | None
@@ -369,13 +409,14 @@ class PartlyIntegerLayer(KeepsDtypes):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Round the input, run the float layer on the dequantized weight, round the output."""
-        ops, g = torch.ops.lightning_quant, self.geometry
+        g = self.geometry
         x, dtype, w = input, input.dtype, self.weight
         if torch.is_autocast_enabled(x.device.type):  # validation must compute what is shipped, in float32
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.float(), output_size)
         if self.scale is not None:
-            w = ops.dequantize_weight(w, self.scale, self.zero_point)
+            dequantize = dequantized_weight if self.mode == "reference" else torch.ops.lightning_quant.dequantize_weight
+            w = dequantize(w, self.scale, self.zero_point)
         if self.x is not None:
             x = self.x(x)
         x = g.prepared_input(x.float())
@@ -426,12 +467,13 @@ class ActivatedLayer(nn.Module):
         self.layer, self.rounds_out = layer, None if y is None else Rounding(y)
         self.__dict__["_forward_of"] = activation  # not a child: the prepared model holds it already
         self.activation: nn.Module | None = None
+        self.origin = ""
         self.eval()
 
-    def take_over(self, activation: nn.Module) -> None:
-        """Become independent of the prepared model: `activation` is a module of its own class."""
+    def take_over(self, activation: nn.Module, origin: str) -> None:
+        """Become independent of the prepared model: `activation` is a module of its own class, which was `origin` there."""
         del self.__dict__["_forward_of"]
-        self.activation = activation.eval()
+        self.activation, self.origin = activation.eval(), origin
 
     def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
         """The layer, the activation, the rounding."""

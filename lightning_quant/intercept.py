@@ -238,15 +238,16 @@ class Sites:
         self.acts: dict[tuple[str, Place, int], Any] = {}
         self.ops: set[str] = set()
         self.float: set[tuple[str, Place, int]] = set()  # where the plan leaves an operator as it is
+        self.names: dict[tuple[str, Place, int], str] = {}  # what the plan calls them
         self.told: set[str] = set()
         self.ends: dict[str, list[Any]] = {}  # activations by operator, which are known by what they read
         self.made_here = False  # whether one of them is in a module that the forward makes
         self.shared = False  # whether one of them is in a shared activation
 
-    def add(self, site: Site, act: Any) -> None:
-        """Have `act` called at `site`."""
+    def add(self, site: Site, act: Any, name: str = "") -> None:
+        """Have `act` called at `site`; `name`: of its operator."""
         self._put((site.op, site.place, site.repeat), act)
-        self._look(site)
+        self._look(site, name)
 
     def exchange(self, new: Callable[[Any], Any]) -> None:
         """Have what `new` makes of an act happen in its place."""
@@ -260,12 +261,14 @@ class Sites:
         if isinstance(act, End | Done):
             self.ends.setdefault(key[0], []).append(act)
 
-    def leave(self, site: Site) -> None:
+    def leave(self, site: Site, name: str = "") -> None:
         """Note that a recorded operator stays as it is, unless it is planned."""
         self.float.add((site.op, site.place, site.repeat))
-        self._look(site)
+        self._look(site, name)
 
-    def _look(self, site: Site) -> None:
+    def _look(self, site: Site, name: str) -> None:
+        if name:
+            self.names[site.op, site.place, site.repeat] = name
         self.shared |= bool(site.through)
         self.made_here |= MADE_HERE in site.place and not site.through
 
@@ -414,6 +417,13 @@ def operator_groups(module: nn.Module) -> list[OperatorGroup]:
     """The planned operators of a module."""
     sites: Sites | None = module.__dict__.get(SITES)
     return [] if sites is None else [act.group for act in sites.acts.values() if isinstance(act, Head)]
+
+
+def operators_aside(module: nn.Module) -> list[nn.Module]:
+    """The deployed operators of an owner that are not its children."""
+    sites: Sites | None = module.__dict__.get(SITES)
+    acts = [] if sites is None else sites.acts.values()
+    return [act.child for act in acts if isinstance(act, Deployed) and isinstance(act.child, nn.Module)]
 
 
 def deploy_sites(owner: nn.Module) -> None:

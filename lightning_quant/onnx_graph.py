@@ -35,7 +35,7 @@ OPSET = 21
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialect:
+class Style:
     """What differs between files for one runtime and another; the integers are the same in all.
 
     `signed`: activations as int8 with the zero point moved by 128, else uint8. `float_clips`: an activation that saturation does
@@ -49,7 +49,7 @@ class Dialect:
     packed: bool = False
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, dialect: Dialect, notes: Mapping[str, str]) -> None:
+def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, notes: Mapping[str, str]) -> None:
     """Write a program to `path`; `notes` become metadata of the file, beside the work of each node."""
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     with _quiet_exporter():
@@ -60,13 +60,13 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, dialect: Diale
             opset_version=OPSET,
             input_names=names,
             output_names=["output"] if len(program.graph_signature.user_outputs) == 1 else None,
-            custom_translation_table=_onnx_translations(dialect),
+            custom_translation_table=_onnx_translations(style),
             verbose=False,
         )
     assert exported is not None
     graph = exported.model.graph
     _tidy(graph)
-    if dialect.packed:
+    if style.packed:
         _pack(graph)
     exported.model.metadata_props.update({f"{NOTE}{key}": value for key, value in notes.items()})
     exported.model.metadata_props[f"{NOTE}multiply_adds"] = json.dumps(work_of(graph, sizes_of(graph, program)))
@@ -332,7 +332,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 @functools.cache
-def _onnx_translations(dialect: Dialect) -> dict[Callable[..., Any], Callable[..., Any]]:
+def _onnx_translations(style: Style) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our operators as QuantizeLinear / DequantizeLinear around float Conv and Gemm: what runtimes turn into integer kernels.
 
     A weight's zero point is explicit even where it is 0 (onnxruntime fuses QGemm only then), bias is int32 behind a
@@ -347,14 +347,14 @@ def _onnx_translations(dialect: Dialect) -> dict[Callable[..., Any], Callable[..
     def grid(high: Any) -> tuple[Any, int, int, int]:
         """(dtype, its ends, what is taken off an unsigned integer)."""
         name, shift = ("int8", 2**7) if high <= 255 else ("int16", 2**15)
-        dtype = np.dtype(name if dialect.signed else f"u{name}")
-        return dtype, *np_info(dtype), shift if dialect.signed else 0
+        dtype = np.dtype(name if style.signed else f"u{name}")
+        return dtype, *np_info(dtype), shift if style.signed else 0
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
         dtype, least, most, shift = grid(high)
         zero, ends = zero_point - shift, (low - shift, high - shift)
         whole = ends == (least, most)
-        if not whole and (dialect.float_clips or dtype.itemsize > 1):
+        if not whole and (style.float_clips or dtype.itemsize > 1):
             # onnxruntime has no Clip of uint16, others none of any integer; before the division it is as exact: (n s) / s rounds
             # to n.
             below, above = (constant((end - zero) * np.float32(scale), np.float32) for end in ends)
@@ -390,7 +390,7 @@ def _onnx_translations(dialect: Dialect) -> dict[Callable[..., Any], Callable[..
     def operands(head: Sequence[Any]) -> tuple[Any, Any, Any]:
         q, x_scale, x_zero_point, weight, scale, zero_point, bias = head
         step = op.Mul(constant(x_scale, np.float32), scale)
-        b = op.Mul(op.Cast(bias, to=1), step) if dialect.float_biases else op.DequantizeLinear(bias, step, axis=0)
+        b = op.Mul(op.Cast(bias, to=1), step) if style.float_biases else op.DequantizeLinear(bias, step, axis=0)
         return dequantize(q, x_scale, x_zero_point), dequantize_weight(weight, scale, zero_point), b
 
     def requantize(y: Any, tail: Sequence[Any]) -> Any:

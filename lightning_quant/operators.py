@@ -96,14 +96,16 @@ def _over(values: Tensor, q: Tensor) -> Tensor:
     return spread(values, q.shape) if values.dim() == q.dim() else along_channels(values, q.dim(), 0)
 
 
-def _dequantize_weight(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def dequantized_weight(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """(q - zero_point) * scale in float32: one value for the tensor, for each channel of dimension 0 or for each block."""
     w = q.to(torch.float32)
     if zero_point is not None:
         w -= _over(zero_point, q).to(torch.float32)
     return w.mul_(_over(scale, q))
 
 
-def _round_blocks(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def round_by_blocks(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """x on a grid for each block, in float32."""
     q = torch.div(x.float(), scale).round_().clamp_(low - zero_point, high - zero_point)
     return q.mul_(scale)
 
@@ -181,8 +183,8 @@ def _dequantize_shape(q: Tensor, scale: float, zero_point: int) -> Tensor:
 for _name, _kernel, _shape in (
     ("quantize", _quantize, _quantize_shape),
     ("dequantize", _dequantize, _dequantize_shape),
-    ("dequantize_weight", _dequantize_weight, _dequantize_weight),
-    ("round_blocks", _round_blocks, _round_blocks),
+    ("dequantize_weight", dequantized_weight, dequantized_weight),
+    ("round_blocks", round_by_blocks, round_by_blocks),
     ("conv", _conv, _conv),
     ("linear", _linear, _linear),
 ):

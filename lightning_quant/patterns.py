@@ -161,6 +161,11 @@ def affine_of(norm: nn.Module) -> Affine | None:
     return next((row.affine for row in rows if row.norm is not None and isinstance(norm, row.norm)), None)
 
 
+def is_activation_name(op: str) -> bool:
+    """Whether an operator of this name can be the activation of a group."""
+    return op in {row[1] for row in (*_CLAMPS, *_CURVES)} or is_registered(op)
+
+
 def is_registered(op: str) -> bool:
     """Whether an operator of this name ends a pattern that a user added."""
     return any(row.activation == op for row in USER_ROWS)

@@ -87,12 +87,17 @@ def prepare_model(model: nn.Module, plan: Plan, *, memory: str = "exact", simula
     except BaseException:
         restore_model(model)
         raise
+    take_no_fast_path(model)
+    return model
+
+
+def take_no_fast_path(model: nn.Module) -> None:
+    """Have torch's encoders call their layers, until `restore_model`."""
     for module in model.modules():
         for kind, (switch, off) in _FAST_PATHS.items():
             if isinstance(module, kind) and switch in module.__dict__:
                 module.__dict__[_SAVED + switch] = module.__dict__[switch]
                 module.__dict__[switch] = off
-    return model
 
 
 def checked_memory(memory: Any) -> str:
@@ -152,9 +157,9 @@ def _catch(group: Group, head: nn.Module, model: nn.Module) -> None:
 
 def _leave(plan: Plan, model: nn.Module) -> None:
     """Have owners know the operators that stay as they are, and shared activations that they stand for functions."""
-    for operator in plan.operators.values():
+    for name, operator in plan.operators.items():
         if is_owner(owner := model.get_submodule(operator.site.owner)):
-            own(owner).leave(operator.site)
+            own(owner).leave(operator.site, name)
         if operator.site.through:
             model.get_submodule(operator.site.through).__dict__[SHARED] = True
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_quant.group import Group, Member, hidden, leave, own_class
 from lightning_quant.integer import KeepsDtypes, Rounding, carrying, integer_tensor, widened
+from lightning_quant.operators import dequantized_weight
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import Argument, on_tensors, owner_of, parameter_of, tensors_in, with_outputs
 from lightning_quant.weights import WeightQuantizer
@@ -148,6 +149,8 @@ class QuantizedModule(KeepsDtypes):
     where the grid is not symmetric, `p1_zero_point`; dots in names become `__`.
     """
 
+    mode = "integer"  # see `set_mode`
+
     def __init__(self, group: ModuleGroup, head: nn.Module) -> None:
         super().__init__()
         self.__dict__["_forward_of"] = head  # not a child: the prepared model holds it already
@@ -180,7 +183,8 @@ class QuantizedModule(KeepsDtypes):
 
     def _value(self, name: str) -> Tensor:
         q, scale, zero_point = (self._buffers.get(key) for key in self.stored[name])
-        value: Tensor = torch.ops.lightning_quant.dequantize_weight(q, scale, zero_point)
+        dequantize: Any = dequantized_weight if self.mode == "reference" else torch.ops.lightning_quant.dequantize_weight
+        value: Tensor = dequantize(q, scale, zero_point)
         return value.to(self.parameter_dtypes[name])
 
     def take_over(self) -> None:

@@ -432,7 +432,7 @@ def test_help_explains_every_argument_of_the_callback(folder: Path, capsys: pyte
 def test_help_explains_our_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = helped(capsys, "export", "--help")
     assert "--ckpt_path CKPT_PATH, --ckpt CKPT_PATH The checkpoint: one that was saved in a fit" in said
-    assert "onnx or pt2; left out, the output's suffix, else onnx" in said
+    assert "onnx, pt2 or pt (numbers and a manifest); left out, the output's suffix, else onnx" in said
     assert "--weights_only" not in said
     everything = helped(capsys, "--help")
     assert all(name in everything for name in ("fit", "validate", "test", "predict", "plan", "export", "report"))

@@ -21,8 +21,7 @@ from test_mnist import optimized_ops, with_integer_outputs
 from torch import Tensor, nn
 from toys import FUSED
 
-from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, load_deployed
-from lightning_quant import export as export_module
+from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, formats, load_deployed
 from lightning_quant.export import onnxruntime_session
 from lightning_quant.program import only_integers_meet_grids, program_of
 
@@ -276,7 +275,7 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setitem(export_module._FORMATS, ".pt2", (half, export_module._run_program))
+    monkeypatch.setitem(formats.FORMATS, ".pt2", (half, formats.run_program))
     with pytest.raises(OSError, match="disk full"):
         export_model(convert_model(trained(FUSED)), tmp_path / "model.pt2", example_input=X)
     assert not list(tmp_path.iterdir())
@@ -331,7 +330,7 @@ def test_a_file_that_onnxruntime_cannot_run_is_not_written(tmp_path: Path, monke
     def garbage(program: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"no protobuf")
 
-    monkeypatch.setitem(export_module._FORMATS, ".onnx", (garbage, export_module._run_onnx))
+    monkeypatch.setitem(formats.FORMATS, ".onnx", (garbage, formats.run_onnx))
     with pytest.raises(ParityError, match="onnxruntime cannot run the exported file, so it was not written"):
         export_model(convert_model(trained(FUSED)), tmp_path / "model.onnx", example_input=X)
     assert not list(tmp_path.iterdir())
@@ -385,9 +384,9 @@ def test_load_deployed_in_a_fresh_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model.onnx", b"x", r"load_deployed reads \.pt2 files; run \.onnx files in onnxruntime"),
+        ("model.onnx", b"x", r"load_deployed reads \.pt2 and \.pt files; run \.onnx files in onnxruntime"),
         ("absent.pt2", None, "there is no such file"),
-        ("model.pt2", b"not a zip", "is no program that export_model wrote, or is damaged"),
+        ("model.pt2", b"not a zip", "is no file that export_model wrote, or is damaged"),
     ],
 )
 def test_load_deployed_refuses(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -20,8 +20,16 @@ from test_mnist import optimized_ops
 from torch import Tensor, nn
 from toys import FUSED
 
-from lightning_quant import ConfigError, ParityError, convert_model, export_model, load_deployed, make_plan, prepare_model
-from lightning_quant import export as export_module
+from lightning_quant import (
+    ConfigError,
+    ParityError,
+    convert_model,
+    export_model,
+    formats,
+    load_deployed,
+    make_plan,
+    prepare_model,
+)
 from lightning_quant.export import check_parity, export_with_reports, onnxruntime_session
 from lightning_quant.onnx_graph import write_onnx
 from lightning_quant.parity import layer_parity, output_parity, outputs_parity
@@ -73,7 +81,7 @@ def tampered(monkeypatch: pytest.MonkeyPatch) -> None:
         write_onnx(program, path, **choices)
         shifted(path, "conv2.weight")
 
-    monkeypatch.setitem(export_module._FORMATS, ".onnx", (write, export_module._run_onnx))
+    monkeypatch.setitem(formats.FORMATS, ".onnx", (write, formats.run_onnx))
 
 
 @pytest.mark.usefixtures("tampered")

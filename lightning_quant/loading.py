@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns what comes back: `load_deployed`, and the `.pt` file, which is written only if the same model comes back from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
+from lightning_quant.config import ConfigError
+from lightning_quant.convert import copy_of
+from lightning_quant.files import packed, read_program, read_weights, unpacked, write_weights
+from lightning_quant.manifest import manifest_of, rebuilt, rebuilt_from
+from lightning_quant.parity import ParityError, ParityReport, outputs_parity
+from lightning_quant.record import copied, split_example
+from lightning_quant.targets import tensors_in
+
+
+def write_numbers(deployed: nn.Module, beside: Path, target: Path, example_input: Any) -> ParityReport:
+    """Write state dict and manifest of a deployed model to `beside`, which is to become `target`, and read them back.
+
+    Returns:
+        The outputs for `example_input`, if there is one, of what came back: all equal.
+
+    Raises:
+        ParityError: if what comes back is not the same model, bit for bit.
+    """
+    state, small = packed(
+        {key: value.cpu() if isinstance(value, Tensor) else value for key, value in deployed.state_dict().items()}
+    )
+    write_weights({"manifest": manifest_of(deployed), "state": state, "packed": small}, beside)
+    found = read_weights(beside)
+    back = rebuilt_from(deployed, found["manifest"], unpacked(found["state"], found["packed"]))
+    here = copy_of(deployed).to("cpu")
+    problem, outputs = _not_the_same(back, here), []
+    if not problem and example_input is not None:
+        mine, theirs = (_called(model, example_input) for model in (back, here))
+        outputs = outputs_parity("file, deployed", mine, theirs, [])
+        if len(mine) != len(theirs) or not all(map(_is_same, mine, theirs)):
+            problem = "the model gives other numbers on the example input"
+    if problem:
+        raise ParityError(f"{target.name}: read back, {problem}; nothing was written to {target}. Write a .pt2 file instead.")
+    return ParityReport(file=target.name, layers=(), outputs=tuple(outputs))
+
+
+def _called(model: nn.Module, example: Any) -> list[Tensor]:
+    args, kwargs = split_example(copied(example))
+    with torch.no_grad():
+        return list(tensors_in(model(*args, **kwargs)))
+
+
+def _not_the_same(found: nn.Module, wanted: nn.Module) -> str:
+    """What is not bit for bit what it was; nothing if all is."""
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    keys = [key for key in {**theirs, **ours} if not _is_same(ours.get(key), theirs.get(key))]
+    if keys:
+        return f"{keys[0]!r} is not what it was"
+    return "" if repr(found) == repr(wanted) else "a layer is not what it was"
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b)
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+class DeployedProgram(nn.Module):
+    """An exported program as a module of an ordinary evaluation loop: `eval()` does nothing, `train()` is refused."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program, self.training = program, False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program."""
+        return self.program(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode."""
+        if mode:
+            raise ConfigError("a loaded program cannot be trained; train the model that it was converted from.")
+        return self
+
+
+def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = None, example_input: Any = None) -> nn.Module:
+    """The model in a `.pt2` or `.pt` file that `export_model` wrote, on the CPU, in eval mode.
+
+    A `.pt2` file needs nothing else and gives a module that is always in eval mode; it takes its arguments as the example input
+    gave them: those that were positional by position, the others by name. A `.pt` file has the numbers alone.
+
+    Args:
+        path: what `export_model` returned.
+        model: for a `.pt` file, the user's net: an instance of the class that was trained, made with the same arguments. The
+            result is a deployed copy; `model` is left as it is.
+        example_input: for a `.pt` file of a net that calls quantized operators as functions, where its forward cannot be traced:
+            what it is called with. It shows where the operators are called.
+
+    Raises:
+        ConfigError: if the file is missing, damaged, or none that `export_model` wrote, or if it does not fit `model`. Nothing of
+            the file is run.
+    """
+    source, place = Path(path), f"path {os.fspath(path)!r}"
+    if source.suffix not in (".pt2", ".pt"):
+        raise ConfigError(f"{place}: load_deployed reads .pt2 and .pt files; run .onnx files in onnxruntime.")
+    if not source.is_file():
+        raise ConfigError(f"{place}: there is no such file.")
+    if (source.suffix == ".pt") != (model is not None):
+        needs = (
+            "needs model, an instance of the class that was trained" if model is None else "is a model by itself: leave out model"
+        )
+        raise ConfigError(f"{place}: a {source.suffix} file {needs}.")
+    if model is None:
+        return DeployedProgram(read_program(source).module())
+    found = read_weights(source)
+    try:
+        return rebuilt(model, found["manifest"], unpacked(found["state"], found["packed"]), example_input=example_input)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{place} is no file that export_model wrote, or is damaged: {error!r}") from error

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns programs in other people's operators: they compute what is deployed, and torchao's lowering finds its kernels in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_convert import CONFIGS
+from test_convert import trained as trained_net
+from test_zoo import assert_close, called, output_steps, trained
+from torch import nn
+from zoo import ZOO
+
+from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, load_deployed
+from lightning_quant.record import split_example
+from lightning_quant.targets import tensors_in
+
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+SOME = ["ResidualZeroGamma", "MobileNetV2", "DCGANGenerator", "HandEncoder", "LSTMTagger", "TabularNet", "ModuleContainers"]
+
+
+def written(deployed: nn.Module, path: Path, example: Any, **options: Any) -> Counter[str]:
+    """Export in the dialect; how often each operator is called."""
+    export_model(deployed, path, example_input=example, dialect="quantized_decomposed", **options)
+    return Counter(str(node.target) for node in torch.export.load(path).graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_program_in_the_dialect_computes_what_is_deployed(name: str, tmp_path: Path) -> None:
+    one, path = trained(name), tmp_path / "model.pt2"
+    ops = written(one.deployed, path, one.example, dynamic_batch=ZOO[name].dynamic)
+    assert not [op for op in ops if op.startswith("lightning_quant")]
+    assert ops["quantized_decomposed.quantize_per_tensor.default"] > 0
+    args, kwargs = split_example(one.fresh)
+    with torch.no_grad():
+        found = list(tensors_in(load_deployed(path)(*args, **kwargs)))
+        assert_close(found, called(one.deployed, one.fresh), output_steps(name, one), 0.99, 0.02)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_can_be_written(name: str, tmp_path: Path) -> None:
+    deployed, path = convert_model(trained_net(CONFIGS[name])), tmp_path / "model.pt2"
+    written(deployed, path, X)
+    with torch.no_grad():
+        found, wanted = load_deployed(path)(X[:3]), deployed(X[:3])
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_a_tensor_is_quantized_once(tmp_path: Path) -> None:
+    ops = written(convert_model(trained_net(CONFIGS["default"])), tmp_path / "model.pt2", X)
+    quantize, back = (ops[f"quantized_decomposed.{name}.default"] for name in ("quantize_per_tensor", "dequantize_per_tensor"))
+    assert ops["quantized_decomposed.dequantize_per_channel.default"] == 3  # of the weights
+    # The input, after each convolution, and behind the pooling, which passes floats on.
+    assert (quantize, back) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("model.pt2", {"dialect": "mlir"}, "dialect: 'mlir' is not one of lightning_quant, quantized_decomposed"),
+        ("model.onnx", {"dialect": "quantized_decomposed"}, r"dialect: 'quantized_decomposed' is one of \.pt2 files; path ends"),
+        ("weights.pt", {"dialect": "quantized_decomposed"}, r"dialect: 'quantized_decomposed' is one of \.pt2 files; path ends"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(path: str, options: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_model(convert_model(trained_net(CONFIGS["default"])), tmp_path / path, example_input=X, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_an_option_of_the_callback_and_its_bound_can_be_set(tmp_path: Path) -> None:
+    QuantFusionCallback("int8", export={".pt2": {"dialect": "quantized_decomposed"}})
+    deployed = convert_model(trained_net(CONFIGS["default"]))
+    with pytest.raises(ParityError, match="differs from the deployed model's by"):
+        written(deployed, tmp_path / "model.pt2", X, atol=-1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchao_lowers_every_layer_to_an_integer_kernel(tmp_path: Path) -> None:
+    lowering = pytest.importorskip("torchao.quantization.pt2e.lowering")
+    one, path = trained("ResidualZeroGamma"), tmp_path / "model.pt2"
+    written(one.deployed, path, one.example, dynamic_batch=False)
+    lowered = lowering.lower_pt2e_quantized_to_x86(load_deployed(path).program, (one.example,))
+    ops = Counter(str(node.target).partition(".default")[0] for node in lowered.graph.nodes)
+    assert (ops["onednn.qconv_pointwise"], ops["onednn.qlinear_pointwise"]) == (6, 1)
+    assert not {"aten.convolution", "aten.conv2d", "aten.linear", "aten.addmm"} & set(ops)
