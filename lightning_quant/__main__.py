@@ -30,7 +30,7 @@ from lightning_quant.callback import QuantFusionCallback
 from lightning_quant.checkpoints import saves_alone
 from lightning_quant.config import ConfigError, closest
 from lightning_quant.convert import copy_of
-from lightning_quant.delivery import converted, unfinished
+from lightning_quant.delivery import converted, unfinished, with_config
 from lightning_quant.export import Profile, export_options, export_with_reports
 from lightning_quant.layers import Plan
 from lightning_quant.parity import ParityError
@@ -98,7 +98,8 @@ class QuantTrainer(Trainer):
             raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
         deployed = converted(copy_of(model), entry, example).get_submodule(uncompiled_name(entry))
         with _writing("output", path):
-            exported = export_with_reports(deployed, path, example_input=example, **options)
+            asked = with_config(path.suffix, options, callback.config_list)
+            exported = export_with_reports(deployed, path, example_input=example, **asked)
         sys.stdout.write(f"wrote {exported.path}\n{exported.summary()}\n")
 
     def report(

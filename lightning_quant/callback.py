@@ -91,7 +91,7 @@ class QuantFusionCallback(ManyProcesses):
             there; no optimizer, random state or loader position moves).
         source: "best" converts the best checkpoint of the first monitored ModelCheckpoint among those saved while
             everything was quantized, "last" the weights at the end of fit. Without such a checkpoint "best" is "last".
-        export: None, a suffix (".onnx", ".pt2"), a list of suffixes or {suffix: options of `export_model`}: files
+        export: None, a suffix (".onnx", ".pt2", ".pt"), a list of suffixes or {suffix: options of `export_model`}: files
             `model<suffix>` written in `on_fit_end` by the first process, not in a `fast_dev_run`. They hold the module that was
             recorded: the LightningModule, or `root`, or the first module that `training_step` calls.
         dirpath: folder of those files; None for the trainer's log folder.
@@ -413,7 +413,7 @@ class QuantFusionCallback(ManyProcesses):
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
             written = deployed.get_submodule(uncompiled_name(self._entry))
-            write_files(written, folder, self.export, self._example, verbose=self.verbose)
+            write_files(written, folder, self.export, self._example, config_list=self.config_list, verbose=self.verbose)
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import tempfile
 import uuid
@@ -165,7 +166,7 @@ def hand_over(
         f"deployed_model is what {folder / 'model.pt2'} holds."
     )
     assert deployed is not None
-    write_files(deployed.get_submodule(entry), folder, {".pt2": {}}, example, verbose=0)
+    write_files(deployed.get_submodule(entry), folder, {".pt2": {}}, example, config_list=None, verbose=0)
     handover.give(**parts, file=str(folder / "model.pt2"))
 
 
@@ -188,7 +189,23 @@ def unfinished(model: nn.Module, phase: Phase, layers: int, schedule: Schedule) 
     return f"only weights were quantized by the end ({moment}; let activations start earlier)"
 
 
-def write_files(model: nn.Module, folder: Path, formats: Mapping[str, Mapping[str, Any]], example: Any, *, verbose: int) -> None:
+def with_config(suffix: str, options: Mapping[str, Any], config_list: Any) -> dict[str, Any]:
+    """Options of `export_model` that have an `.onnx` file say what the model was made by."""
+    if suffix != ".onnx":
+        return dict(options)
+    said = {"config_list": json.dumps(config_list, default=str), **(options.get("metadata") or {})}
+    return {**options, "metadata": said}
+
+
+def write_files(
+    model: nn.Module,
+    folder: Path,
+    formats: Mapping[str, Mapping[str, Any]],
+    example: Any,
+    *,
+    config_list: Any,
+    verbose: int,
+) -> None:
     """Write `model<suffix>` for each format, {suffix: options of `export_model`}; one that fails does not keep others from it.
 
     Raises:
@@ -200,7 +217,8 @@ def write_files(model: nn.Module, folder: Path, formats: Mapping[str, Mapping[st
     failed: list[Exception] = []
     for suffix, options in formats.items():
         try:
-            exported = export_with_reports(model, folder / f"model{suffix}", **{"example_input": example, **options})
+            asked = {"example_input": example, **with_config(suffix, options, config_list)}
+            exported = export_with_reports(model, folder / f"model{suffix}", **asked)
         except (ConfigError, ParityError, OSError) as error:
             failed.append(error)
         else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import re
 import shutil
@@ -307,6 +308,8 @@ def test_export_writes_what_fit_wrote(fitted: Path, capsys: pytest.CaptureFixtur
         warnings.filterwarnings("ignore", message="onnxruntime's default")
         assert main(["export", "--config", config, f"--ckpt_path={best}", "--output", "deep/er/net.onnx"]) == 0
     assert torch.allclose(outputs(Path("deep/er/net.onnx")), outputs(made), atol=1e-4)
+    said = {entry.key: entry.value for entry in onnx.load("deep/er/net.onnx").metadata_props}
+    assert json.loads(said["lightning_quant.config_list"]) == [ENTRY]
     assert {path.name for path in (fitted / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "best.pt2"}
 
 
@@ -481,6 +484,8 @@ def test_the_example_writes_a_model_a_checkpoint_and_its_config(example: Path) -
     onnx.checker.check_model(example / "model.onnx")
     state = checkpoint(example / "checkpoints" / "best.ckpt")["callbacks"]["QuantFusionCallback"]
     assert state["config_list"] == yaml.safe_load((ROOT / "examples" / "quant.yaml").read_text())
+    said = {entry.key: entry.value for entry in onnx.load(example / "model.onnx").metadata_props}
+    assert json.loads(said["lightning_quant.config_list"]) == state["config_list"]
 
 
 def test_the_examples_checkpoint_and_its_file_read_digits_alike(
