@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -33,7 +32,8 @@ from lightning_quant.company import ParameterGroups, check_precision, clock_of, 
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
 from lightning_quant.delivery import converted, unfinished, write_files
-from lightning_quant.export import export_options
+from lightning_quant.evaluation import EvaluatesAsShipped
+from lightning_quant.export import Exported, export_options
 from lightning_quant.layers import Plan
 from lightning_quant.logs import Logs
 from lightning_quant.plan import parse_settings, plan_from_graph
@@ -42,19 +42,17 @@ from lightning_quant.prepare import (
     checked_memory,
     checked_switch,
     decisions,
-    drop_deployed_layers,
     give_to_optimizers,
     load_quantizer_state,
     members_of,
     prepare_model,
     prepared_groups,
     quantizer_state,
-    relink,
     restore_model,
     rounds_all,
     take_from_optimizers,
 )
-from lightning_quant.processes import ManyProcesses, give_statistics
+from lightning_quant.processes import give_statistics
 from lightning_quant.ranks import from_first, together
 from lightning_quant.schedule import Phase, Schedule
 from lightning_quant.sources import ConfigFile, read_config
@@ -63,7 +61,7 @@ from lightning_quant.targets import uncompiled_name
 _FLOAT = Phase(observe=False, quantize=False)
 
 
-class QuantFusionCallback(ManyProcesses):
+class QuantFusionCallback(EvaluatesAsShipped):
     r"""Trains a quantized, fused model out of any LightningModule and converts it to int8 at the end of fit.
 
     In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected modules and
@@ -114,6 +112,8 @@ class QuantFusionCallback(ManyProcesses):
         plan: the `Plan`, from `on_fit_start` on.
         deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then. Where
             the fit runs in processes of its own (ddp_spawn, ddp_notebook), both are there when it has returned.
+        exported: what was written in `on_fit_end` in this process, and how each file compares with the prepared model in eval and
+            fake-quantized, on the last fit's first validation batch if there was one: `print(callback.exported[0].parity)`.
 
     Raises:
         ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `setup` for a strategy that
@@ -155,19 +155,15 @@ class QuantFusionCallback(ManyProcesses):
         self.memory, self.simulate_bias = checked_memory(memory), checked_switch("simulate_bias", simulate_bias)
         self.root, self.example_input, self.source = root, example_input, source
         self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
-        self._members: dict[str, nn.Module] = {}
-        self._module: pl.LightningModule | None = None
+        self.exported: tuple[Exported, ...] = ()
         self.logs = Logs(log_every_n_steps)
         self.log_every_n_steps = self.logs.every
         self._phase, self._layers = _FLOAT, 0  # how many layers are in this phase, the first ones in the order of the data
         self._total_steps = math.inf
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
-        self._pending: dict[str, Any] | None = None
-        self._restored = False  # whether a checkpoint of this run brought a state of ours
         self._late = False  # optimizers get what is learned only after their state is restored, which knows nothing of it
         self._groups = ParameterGroups()
-        self._example: Any = None
-        self._told, self._entry = False, ""
+        self._told = False
 
     # -- attach -------------------------------------------------------------------------------------------------------
 
@@ -212,7 +208,7 @@ class QuantFusionCallback(ManyProcesses):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
         self.plan = plan = together(lambda: self._make_plan(trainer, pl_module))
-        self.deployed_model = None
+        self.deployed_model, self.exported = None, ()
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         state = self._pending or own
@@ -243,9 +239,6 @@ class QuantFusionCallback(ManyProcesses):
     def _log_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         given = {"config_list": self.config_list, "settings": self.settings, "schedule": dict(vars(self.schedule))}
         self.logs.settings(trainer, pl_module, given)
-
-    def _relink(self, pl_module: nn.Module) -> None:
-        self._members = relink(pl_module, self._members) if self._module is pl_module else {}
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
@@ -328,54 +321,6 @@ class QuantFusionCallback(ManyProcesses):
         apply_phase(pl_module, phase, layers)
         self._watch(phase.observe)
 
-    # Whatever moved the weights since the last eval mode (an averaging callback, a loaded checkpoint), an evaluation begins with
-    # fresh integers, folded at its first forward, after every callback's start hook.
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fold anew for this loop."""
-        self._begin_evaluation(trainer, pl_module, "validate")
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fold anew for this loop."""
-        self._begin_evaluation(trainer, pl_module, "test")
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fold anew for this loop."""
-        self._begin_evaluation(trainer, pl_module, "predict")
-
-    def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._relink(pl_module)
-        drop_deployed_layers(pl_module)
-        if self._pending is not None:
-            with torch.inference_mode(False), uncompiled(pl_module):  # what is made in it could not be trained later
-                self._attach_restored(trainer, pl_module, self._pending, stage)
-        if trainer.state.fn == "fit" or trainer.ckpt_path is None:
-            return
-        if not self._restored:
-            shown = "its weights with the ranges of the last fit" if prepared_groups(pl_module) else "the float model"
-            rank_zero_warn(
-                f"{type(self).__name__}: there is nothing of this callback in {trainer.ckpt_path}: {stage} shows {shown}."
-            )
-        elif not rounds_all(pl_module):
-            rank_zero_warn(f"{type(self).__name__}: the checkpoint is from before everything was quantized; {stage} shows it so.")
-
-    def _attach_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any], stage: str) -> None:
-        """Attach to a model that was not fitted here, as it was when its checkpoint was saved."""
-        restore_model(pl_module)
-        try:
-            self.plan = together(lambda: self._make_plan(trainer, pl_module, stage, state["entry"]))
-            self._prepare(pl_module, self.plan)
-            self._load(pl_module, state)
-        except ConfigError as error:
-            restore_model(pl_module)
-            raise ConfigError(
-                f"the checkpoint's quantizers cannot be attached for {stage}. If the config_list is that run's, {stage} calls "
-                f"the model in another way than training did: give example_input, or leave out this callback for float. {error}"
-            ) from error
-        self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
-
     # -- the end ------------------------------------------------------------------------------------------------------
 
     @override
@@ -412,8 +357,11 @@ class QuantFusionCallback(ManyProcesses):
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
-            written = deployed.get_submodule(uncompiled_name(self._entry))
-            write_files(written, folder, self.export, self._example, config_list=self.config_list, verbose=self.verbose)
+            written, prepared = deployed.get_submodule(uncompiled_name(self._entry)), twin.get_submodule(self._entry)
+            example = self._last.like(self._example)
+            self.exported = write_files(
+                written, folder, self.export, example, prepared=prepared, config_list=self.config_list, verbose=self.verbose
+            )
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.

@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import convert_model, unobserved
-from lightning_quant.export import export_with_reports
+from lightning_quant.export import Exported, export_with_reports
 from lightning_quant.parity import ParityError
 from lightning_quant.prepare import prepared_groups, rounds_all
 from lightning_quant.record import copied, split_example, undisturbed
@@ -166,7 +166,7 @@ def hand_over(
         f"deployed_model is what {folder / 'model.pt2'} holds."
     )
     assert deployed is not None
-    write_files(deployed.get_submodule(entry), folder, {".pt2": {}}, example, config_list=None, verbose=0)
+    write_files(deployed.get_submodule(entry), folder, {".pt2": {}}, example)
     handover.give(**parts, file=str(folder / "model.pt2"))
 
 
@@ -203,10 +203,13 @@ def write_files(
     formats: Mapping[str, Mapping[str, Any]],
     example: Any,
     *,
-    config_list: Any,
-    verbose: int,
-) -> None:
+    prepared: nn.Module | None = None,
+    config_list: Any = None,
+    verbose: int = 0,
+) -> tuple[Exported, ...]:
     """Write `model<suffix>` for each format, {suffix: options of `export_model`}; one that fails does not keep others from it.
+
+    `prepared`: what `model` was converted from; it is compared with it, too.
 
     Raises:
         ConfigError: without an example input.
@@ -215,10 +218,11 @@ def write_files(
     if formats and example is None:
         raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
     failed: list[Exception] = []
+    done: list[Exported] = []
     for suffix, options in formats.items():
         try:
             asked = {"example_input": example, **with_config(suffix, options, config_list)}
-            exported = export_with_reports(model, folder / f"model{suffix}", **asked)
+            done.append(exported := export_with_reports(model, folder / f"model{suffix}", prepared=prepared, **asked))
         except (ConfigError, ParityError, OSError) as error:
             failed.append(error)
         else:
@@ -228,3 +232,4 @@ def write_files(
         rank_zero_warn(f"QuantFusionCallback: {further}")
     if failed:
         raise failed[0]
+    return tuple(done)

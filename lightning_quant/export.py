@@ -224,15 +224,21 @@ def export_model(
 OPTIONS = tuple(inspect.signature(export_model).parameters)[2:]
 
 
-def export_with_reports(deployed: nn.Module, path: str | os.PathLike[str], **options: Any) -> Exported:
-    """As `export_model`, with the same options; returns the path, the parity report and, of `.onnx`, the execution report."""
+def export_with_reports(
+    deployed: nn.Module, path: str | os.PathLike[str], *, prepared: nn.Module | None = None, **options: Any
+) -> Exported:
+    """As `export_model`, with the same options; returns the path, the parity report and, of `.onnx`, the execution report.
+
+    `prepared`: as in `check_parity`; reported, not bounded. Not for `.pt`.
+    """
     given = {name: one.default for name, one in inspect.signature(export_model).parameters.items() if name in OPTIONS} | options
-    return _export(deployed, Path(path), **given)
+    return _export(deployed, Path(path), prepared, **given)
 
 
 def _export(
     deployed: nn.Module,
     target: Path,
+    prepared: nn.Module | None,
     *,
     example_input: Any,
     dynamic_batch: bool,
@@ -276,7 +282,7 @@ def _export(
     with written(target) as beside:
         FORMATS[target.suffix][0](program, beside, style=style, notes=notes)
         compare = _Comparison(path=beside, name=target.name, deployed=deployed, program=program, free=dynamic_batch, exact=exact)
-        report = compare(example)
+        report = compare(example, prepared)
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
         if target.suffix == ".onnx":

@@ -88,6 +88,7 @@ ONLY_IN = {
         "checkpoints",
         "company",
         "delivery",
+        "evaluation",
         "logs",
         "processes",
     },
