@@ -196,7 +196,9 @@ class Channels:
         if is_batch_norm(module):
             self.follows[node.name] = read.ids
             maker = self._graph.nodes[self._graph.before(node.reads[0])]
-            if maker.name in self.first and len(self._graph.consumers(maker.index)) == 1:
+            once = all(len(self._graph.calls(name)) == 1 for name in (maker.name, node.name))
+            alone = len(self._graph.consumers(maker.index)) == 1 and not self._graph.returned(maker.index)
+            if maker.name in self.first and once and alone:
                 self.norm_behind[maker.name] = node.name
             return read
         if isinstance(module, nn.Flatten | nn.Unflatten):

@@ -178,7 +178,8 @@ WORDS: dict[str, Row] = {
     ),
     "a key of distillation": row(
         weight(link="auto"),
-        f"{WEIGHT}: 'link' is a key of distillation, which has a list and settings of its own (distillation=[...], DistillationSetting); "
+        f"{WEIGHT}: 'link' is a key of distillation, which has a list and settings of its own (distillation=[...], "
+        f"DistillationSetting); "
         f"allowed: {TARGET_KEYS}.",
     ),
     "unknown key that is no string": row(
