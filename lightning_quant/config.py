@@ -18,6 +18,7 @@ from lightning_quant.keys import (
     SELECTION,
     WEIGHT_OBSERVERS,
     Blocks,
+    Key,
     Problems,
     check_keys,
     closest,
@@ -25,6 +26,7 @@ from lightning_quant.keys import (
     is_list,
     unknown_key,
 )
+from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
 
 
 class ConfigError(MisconfigurationException):
@@ -205,27 +207,36 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
 # -- parsing ----------------------------------------------------------------------------------------------------------
 
 
-def _rule(entry: Any, where: str, problems: Problems, *, preset: bool = False) -> Rule | None:
+def _rule(
+    entry: Any,
+    where: str,
+    problems: Problems,
+    *,
+    preset: bool = False,
+    rows: Mapping[str, Key] = ENTRY,
+    keys: Mapping[str, Key] = QUANTIZATION,
+) -> Rule | None:
+    """One entry of a list whose entries have the keys `rows`, of which `keys` are what it says of tensors."""
     if not isinstance(entry, Mapping):
         problems.append(f"{where}: expected a dict, got {entry!r}.")
         return None
-    problems.extend(unknown_key(key, ENTRY, where) for key in entry if key not in ENTRY)
+    problems.extend(unknown_key(key, rows, where) for key in entry if key not in rows)
     selecting = ("op_names", "op_names_re", "op_types")
-    misspelt = any(name in selecting for key in entry if key not in ENTRY for name in closest(str(key), ENTRY, 1))
+    misspelt = any(name in selecting for key in entry if key not in rows for name in closest(str(key), rows, 1))
     if not misspelt and not any(key in entry for key in selecting):
         problems.append(
             f"{where}: selects nothing; give op_names (module names), op_names_re (regular expressions) or op_types (classes)."
         )
     read = {
-        key: ENTRY[key].check(entry[key], f"{where}[{key!r}]", problems)
+        key: rows[key].check(entry[key], f"{where}[{key!r}]", problems)
         for key in (*SELECTION, "target_names", "target_settings", "fuse_names", "high_precision_output")
-        if key in entry
+        if key in entry and key in rows
     }
     fuse, float_output = read.pop("fuse_names", None), read.pop("high_precision_output", None)
-    settings = {key: entry[key] for key in QUANTIZATION if key in entry}
+    settings = {key: entry[key] for key in keys if key in entry}
     return Rule(
         where=where,
-        settings=check_keys(settings, QUANTIZATION, where, problems),
+        settings=check_keys(settings, keys, where, problems),
         fuse=fuse,
         float_output=float_output,
         preset=preset,
@@ -273,4 +284,50 @@ def parse_rules(config_list: Any) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if rule is not None)
 
 
-__all__ = ["PRESETS", "ConfigError", "Rule", "TensorSpec", "closest", "parse_rules", "raise_problems"]
+def parse_pruning(entries: Any) -> tuple[Rule, ...]:
+    """Check the entries of a `pruning` list as far as that needs no model: a list of dicts, or one dict.
+
+    Raises:
+        ConfigError: with every problem found, each with its path inside the list.
+    """
+    if isinstance(entries, Mapping) and entries:
+        entries = [entries]
+    if not is_list(entries) or not entries:
+        raise ConfigError(
+            f"pruning: expected a non-empty list of dicts, one dict, or a dict with config_list and options, got {entries!r}; "
+            f"the "
+            "shortest useful one is [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]."
+        )
+    problems: Problems = []
+    rules: list[Rule | None] = []
+    for index, entry in enumerate(entries):
+        where = f"pruning[{index}]"
+        rules.append(rule := _rule(entry, where, problems, rows=PRUNING_ENTRY, keys=PRUNING))
+        if rule is not None:
+            said = {where: rule.settings} | {f"{where}['target_settings'][{t!r}]": s for t, s in rule.target_settings.items()}
+            problems.extend(problem for place, keys in said.items() for problem in contradictions(keys, place))
+    raise_problems(problems)
+    return tuple(rule for rule in rules if rule is not None)
+
+
+def contradictions(keys: Mapping[str, Any], where: str) -> Problems:
+    """What cannot be said of one target at once, in one place; a key that is None says nothing."""
+    given = {key for key in keys if keys[key] is not None}
+    problems: Problems = []
+    if {"sparse_ratio", "sparse_threshold"} <= given:
+        problems.append(f"{where}: sparse_ratio and sparse_threshold exclude each other; give one.")
+    scored = given & {"sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "global_group_id", "metric"}
+    for key in ("align", "pattern"):
+        others = scored - ({"metric"} if key == "pattern" else set())
+        if key in given and others:
+            found = ", ".join(sorted(others))
+            problems.append(f"{where}: {key} decides the mask, so {found} would say nothing; leave one of them out.")
+    if "pattern" in given and (others := given & {"align", "granularity", "dependency_group_id", "internal_metric_block"}):
+        problems.append(f"{where}: pattern decides the blocks, so {', '.join(sorted(others))} would say nothing; leave it out.")
+    low, high = keys.get("min_sparse_ratio"), keys.get("max_sparse_ratio")
+    if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+        problems.append(f"{where}: min_sparse_ratio {low:g} is greater than max_sparse_ratio {high:g}; exchange them.")
+    return problems
+
+
+__all__ = ["PRESETS", "ConfigError", "Rule", "TensorSpec", "closest", "parse_pruning", "parse_rules", "raise_problems"]

@@ -43,8 +43,10 @@ def is_list(value: Any) -> bool:
 def unknown_key(key: Any, allowed: Iterable[str], where: str) -> str:
     """The problem of a key that is not in `allowed`."""
     names = sorted(allowed)
-    if key in _LATER:
-        return f"{where}: {key!r} is a key of {_LATER[key]}, which this release does not have yet; allowed: {', '.join(names)}."
+    kind = _ELSEWHERE.get(key)
+    if kind is not None and not any(_ELSEWHERE.get(name) == kind for name in names):
+        own = f"which has a list and settings of its own ({kind}=[...], {kind.capitalize()}Setting)"
+        return f"{where}: {key!r} is a key of {kind}, {own}; allowed: {', '.join(names)}."
     return f"{where}: unknown key {key!r}; allowed: {', '.join(names)}.{guess(key, names)}"
 
 
@@ -227,30 +229,6 @@ def number(low: float, high: float, *, whole: bool = False, open_high: bool = Fa
     return check
 
 
-def _group_id(value: Any, where: str, problems: Problems) -> Any:
-    if not isinstance(value, int | str) or isinstance(value, bool):
-        problems.append(f"{where}: expected an integer or a string that names the group, got {value!r}.")
-    return value
-
-
-def _align(value: Any, where: str, problems: Problems) -> Any:
-    keys = ("module_name", "target_name", "dims")
-    if not isinstance(value, Mapping):
-        problems.append(f"{where}: expected a dict with {', '.join(keys)}, got {value!r}.")
-        return {}
-    problems.extend(unknown_key(key, keys, where) for key in value if key not in keys)
-    if not isinstance(value.get("target_name"), str):
-        problems.append(f"{where}['target_name']: expected the name of a target, got {value.get('target_name')!r}.")
-    if not isinstance(value.get("module_name"), str | None):
-        problems.append(
-            f"{where}['module_name']: expected a module's name or None for the same module, got {value['module_name']!r}."
-        )
-    dims: Any = value.get("dims")
-    if not is_list(dims) or not all(type(dim) is int for dim in dims):
-        problems.append(f"{where}['dims']: expected a list of dimensions, got {dims!r}.")
-    return {**value, "dims": list(dims) if is_list(dims) else []}
-
-
 def _link(value: Any, where: str, problems: Problems) -> Any:
     if not isinstance(value, str):
         return list(names(value, where, problems))
@@ -280,11 +258,16 @@ def check_keys(value: Any, rows: Mapping[str, Key], where: str, problems: Proble
     return {key: row.check(value[key], f"{where}[{key!r}]", problems) for key, row in rows.items() if value.get(key) is not None}
 
 
-def _target_settings(value: Any, where: str, problems: Problems) -> dict[str, Mapping[str, Any]]:
-    if not isinstance(value, Mapping):
-        problems.append(f"{where}: expected a dict from target to settings, got {value!r}.")
-        return {}
-    return {str(target): check_keys(keys, QUANTIZATION, f"{where}[{target!r}]", problems) for target, keys in value.items()}
+def target_settings(rows: Mapping[str, Key]) -> Check:
+    """A check for a dict from target to keys, each of one of `rows`."""
+
+    def check(value: Any, where: str, problems: Problems) -> dict[str, Mapping[str, Any]]:
+        if not isinstance(value, Mapping):
+            problems.append(f"{where}: expected a dict from target to settings, got {value!r}.")
+            return {}
+        return {str(target): check_keys(keys, rows, f"{where}[{target!r}]", problems) for target, keys in value.items()}
+
+    return check
 
 
 def _one_of(*allowed: str) -> dict[str, Any]:
@@ -383,7 +366,7 @@ ENTRY: dict[str, Key] = {
         "for any part of a parameter's name (`weight_*`). Buffers and tensors inside nested tuples are no targets.",
     ),
     "target_settings": Key(
-        check=_target_settings,
+        check=target_settings(QUANTIZATION),
         schema=_TARGETS,
         values="dict from target to keys",
         default="none",
@@ -409,25 +392,14 @@ ENTRY: dict[str, Key] = {
     ),
     **QUANTIZATION,
 }
-PRUNING: dict[str, Key] = {
-    "sparse_ratio": Key(check=number(0, 1), schema={}, default="None", text="Share of blocks that are masked."),
-    "sparse_threshold": Key(check=number(-1e30, 1e30), schema={}, default="None", text="Blocks with a smaller score are masked."),
-    "max_sparse_ratio": Key(check=number(0, 1), schema={}, default="None", text="At most this share."),
-    "min_sparse_ratio": Key(check=number(0, 1, open_high=True), schema={}, default="None", text="At least this share."),
-    "global_group_id": Key(check=_group_id, schema={}, default="None", text="Ranked together."),
-    "dependency_group_id": Key(check=_group_id, schema={}, default="None", text="One mask for all."),
-    "granularity": Key(check=_granularity, schema={}, default="default", text="What a block is."),
-    "internal_metric_block": Key(check=number(1, 2**31, whole=True), schema={}, default="None", text="Parts of a grouped layer."),
-    "align": Key(check=_align, schema={}, default="None", text="The mask follows that of another target."),
-    "apply_method": Key(check=choice("bypass", "mul", "add"), schema={}, default="mul", text="How the mask acts."),
-}
 DISTILLATION: dict[str, Key] = {
     "lambda": Key(check=number(0, 1e30), schema={}, default="1.0", text="Weight of this loss."),
     "link": Key(check=_link, schema={}, default="auto", text="The teacher's module, by name."),
     "apply_method": Key(check=choice("mse", "kl"), schema={}, default="mse", text="The loss."),
 }
-# Whose keys a config_list may one day have; "sparsity" is what older NNI called one.
-_LATER = {
-    **dict.fromkeys((key for key in (*PRUNING, "sparsity") if key not in QUANTIZATION), "pruning"),
+# What stands in lists of its own; "sparsity" is what older NNI called a ratio. A test holds the names to the rows.
+_ELSEWHERE = {
+    **dict.fromkeys(("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "sparsity"), "pruning"),
+    **dict.fromkeys(("global_group_id", "dependency_group_id", "internal_metric_block", "align", "metric", "pattern"), "pruning"),
     **dict.fromkeys((key for key in DISTILLATION if key not in QUANTIZATION), "distillation"),
 }

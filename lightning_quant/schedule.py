@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_quant.config import ConfigError, check_fields
+from lightning_quant.keys import guess
 
 Moment = int | float | str | None
 WITH_WEIGHTS = "with weights"
@@ -162,6 +163,79 @@ class Schedule:
         start, stop = pair
         kind = _unit(self.progressive)[0]
         return sum(_past(kind, start + index * (stop - start) / layers, clock) for index in range(layers))
+
+
+# -- in steps ----------------------------------------------------------------------------------------------------------
+
+CURVES = ("one_shot", "linear", "agp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """When something that grows grows, in how many steps, and along which curve; a pure function of the clock.
+
+    Args:
+        schedule: "one_shot": all of it at `start`. "linear": equal parts. "agp": 1 - (1 - t)^3 of it after the share t of the
+            steps, fast while much is left and slowly at the end (Zhu and Gupta 2017, "To prune, or not to prune", eq. 1).
+        start: the moment from which it grows (see `Schedule`).
+        stop: the moment of the last of the steps; the first comes a step's length after `start`.
+        updates: the number of steps.
+
+    Raises:
+        ConfigError: for a schedule that is none, for moments that are none or not of one unit, for no step.
+    """
+
+    schedule: str = "agp"
+    start: Moment = 0
+    stop: Moment = 0.5
+    updates: int = 10
+
+    def __post_init__(self) -> None:
+        if self.schedule not in CURVES:
+            raise ConfigError(f"schedule: {self.schedule!r} is not one of {', '.join(CURVES)}.{guess(self.schedule, CURVES)}")
+        if type(self.updates) is not int or self.updates < 1:
+            raise ConfigError(f"updates: expected an integer from 1, got {self.updates!r}.")
+        for name in ("start", "stop"):
+            _check(getattr(self, name), name)
+        if self.start is None or self.schedule == "one_shot":
+            return
+        pair = _in_one_unit(self.start, self.stop)
+        if pair is None:
+            raise ConfigError(
+                f"schedule: start={self.start!r} and stop={self.stop!r} are not of one unit, and the steps lie between them; "
+                f"give "
+                "both as steps, as epochs or as shares of the run."
+            )
+        if pair[1] <= pair[0]:
+            raise ConfigError(f"schedule: stop={self.stop!r} comes no later than start={self.start!r}; let it come later.")
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return 1 if self.schedule == "one_shot" else self.updates
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether a moment is a share of the run, so that its length must be known."""
+        moments = (self.start,) if self.schedule == "one_shot" else (self.start, self.stop)
+        return any(_unit(moment)[0] == "share" for moment in moments)
+
+    def done_at(self, clock: Clock) -> int:
+        """How many of the steps are due when the training step at `clock` begins."""
+        if self.schedule == "one_shot":
+            return int(_reached(self.start, clock))
+        if self.start is None:
+            return 0
+        pair = _in_one_unit(self.start, self.stop)
+        assert pair is not None
+        start, stop = pair
+        kind = _unit(self.stop)[0]
+        return sum(_past(kind, start + (stop - start) * step / self.updates, clock) for step in range(1, self.updates + 1))
+
+    def share_after(self, done: int) -> float:
+        """What share of the whole is there after `done` of the steps, in [0, 1]."""
+        part = done / self.steps
+        return 1 - (1 - part) ** 3 if self.schedule == "agp" else part
 
 
 def _check(moment: Moment, name: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_quant.config import ConfigError, raise_problems
-from lightning_quant.keys import DISTILLATION, INPUT, OUTPUT, PRUNING, QUANTIZATION, WEIGHT, Key, Problems, check_keys, closest
+from lightning_quant.config import ConfigError, contradictions, raise_problems
+from lightning_quant.keys import DISTILLATION, INPUT, OUTPUT, QUANTIZATION, WEIGHT, Key, Problems, check_keys, closest
+from lightning_quant.pruning_keys import PRUNING
 
 Setting = Mapping[str, Mapping[str, Any]]
 
@@ -103,7 +104,8 @@ class _Registry:
                     f"{dotted(module_type)!r}, its dotted path, or unregister({name!r}) first."
                 )
         copied = checked_setting(setting, cls._rows, where, problems)
-        problems += _exclusive(copied, where)
+        for target, keys in copied.items():
+            problems += contradictions(keys, f"{where}[{target!r}]") if isinstance(keys, Mapping) else []
         raise_problems(problems)
         cls.registry[name] = copied
         if isinstance(module_type, type):
@@ -185,14 +187,6 @@ class _Registry:
         return f"{cls.__name__}: {name!r} is not registered.{hint}"
 
 
-def _exclusive(setting: Setting, where: str) -> Problems:
-    return [
-        f"{where}[{target!r}]: sparse_ratio and sparse_threshold exclude each other; give one."
-        for target, keys in setting.items()
-        if isinstance(keys, Mapping) and keys.get("sparse_ratio") is not None and keys.get("sparse_threshold") is not None
-    ]
-
-
 # -- what is registered at start --------------------------------------------------------------------------------------
 
 _ACTIVATION = {**ACTIVATION_DEFAULTS, "apply_method": "qat_clamp_round"}
@@ -262,7 +256,7 @@ _PRUNED: list[tuple[Setting, tuple[type[nn.Module], ...]]] = [
 
 
 class PruningSetting(_Registry):
-    """Which tensors of a module type are masked, and how, unless told otherwise. Data only until pruning is built."""
+    """Which tensors of a module type are masked, and how, unless a `pruning` list says otherwise."""
 
     registry: ClassVar[dict[str, Setting]] = {module.__name__: setting for setting, modules in _PRUNED for module in modules}
     _types: ClassVar[dict[str, type[nn.Module]]] = {module.__name__: module for _, modules in _PRUNED for module in modules}

@@ -382,13 +382,17 @@ def test_an_unknown_key_of_an_entry(key: Any, hint: str) -> None:
     ("key", "kind"),
     [
         *((key, "pruning") for key in ("sparse_ratio", "sparse_threshold", "min_sparse_ratio", "max_sparse_ratio", "sparsity")),
-        *((key, "pruning") for key in ("align", "global_group_id", "dependency_group_id", "internal_metric_block")),
+        *(
+            (key, "pruning")
+            for key in ("align", "global_group_id", "dependency_group_id", "internal_metric_block", "metric", "pattern")
+        ),
         ("lambda", "distillation"),
         ("link", "distillation"),
     ],
 )
-def test_a_key_of_what_is_still_to_be_built(key: str, kind: str) -> None:
-    text = f"{key!r} is a key of {kind}, which this release does not have yet; allowed:"
+def test_a_key_of_another_list(key: str, kind: str) -> None:
+    own = f"which has a list and settings of its own ({kind}=[...], {kind.capitalize()}Setting)"
+    text = f"{key!r} is a key of {kind}, {own}; allowed:"
     assert error_of([{"op_types": ["Linear"], key: 0.5}]) == f"config_list[0]: {text} {KEYS}."
     entry = {"op_types": ["Linear"], "target_settings": {"weight": {key: 0.5}}}
     assert error_of([entry]) == f"config_list[0]['target_settings']['weight']: {text} {TARGET_KEYS}."

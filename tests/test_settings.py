@@ -10,7 +10,8 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.keys import DISTILLATION, PRUNING, QUANTIZATION
+from lightning_quant.keys import DISTILLATION, QUANTIZATION
+from lightning_quant.pruning_keys import PRUNING
 from lightning_quant.settings import (
     OPERATORS,
     QuantizationSetting,

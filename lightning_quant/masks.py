@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns masks at work: when they are made, from which numbers, and how they stay in the parameters while these are trained.
+
+A masked parameter is 0 where its mask says so: in place, after each optimizer step, so that the forward costs nothing, the
+quantizer sees zeros and a checkpoint holds them. The mask of an input or output of a weighted layer is that of the columns or
+rows of its weight. Weights of transposed convolutions, (in, out / groups, ...), are looked at as (out, in / groups, ...),
+output channels first as in all other layers; masks that are handed out have the parameter's own shape.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.config import ConfigError
+from lightning_quant.keys import OUTPUT, WEIGHT
+from lightning_quant.mask_groups import aligned_order, canonical_shape
+from lightning_quant.masked import PassingMask, mask_passing, unmask_passing
+from lightning_quant.masking import make_pruning
+from lightning_quant.patterns import TRANSPOSED, is_batch_norm
+from lightning_quant.prepare import drop_deployed_layers
+from lightning_quant.pruning import METRICS, Evidence, Metric, blocks_of, global_masks, n_of_m, one_mask, reduced, spread
+from lightning_quant.pruning_plan import MaskedTarget, Pruning, PruningPlan, Unit
+from lightning_quant.schedule import Clock
+from lightning_quant.targets import is_activation, owner_of
+
+
+class Masks:
+    """The masks of one model, made by a plan as training goes on.
+
+    In a training loop: `step(clock)` before each training step, `after_backward()` between backward (all of them, where gradients
+    are accumulated) and the optimizer's step, `apply()` behind that step. `apply()` also where the weights were changed
+    otherwise: before an evaluation on averaged weights, before saving and converting. Attach before `prepare_model`.
+
+    Args:
+        model: the float model that the plan was made for; its tensors, names and hooks stay as they are. Modules whose inputs or
+            outputs are masked where they pass change their class until `remove()`.
+        plan: of `make_pruning`.
+
+    Raises:
+        ConfigError: if the plan is not for this model.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
+        self.model, self.plan = model, plan
+        self.done = 0  # how many updates there were
+        self._targets = {target.name: target for target in plan.targets}
+        self._masks: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._hidden: dict[str, Tensor] = {}
+        self._acting: list[tuple[str, nn.Module, str, Tensor]] = []
+        self._modules = dict(model.named_modules())
+        self._check()
+        self._passing: dict[str, PassingMask] = {}
+        by_module: dict[str, list[PassingMask]] = {}
+        for target in plan.targets:
+            if target.values is None:
+                one = PassingMask(target.name, target.target, target.spec.granularity, target.spec.apply_method)
+                self._passing[target.name] = one
+                by_module.setdefault(target.module, []).append(one)
+        for name, masks in by_module.items():
+            mask_passing(self._modules[name], masks)
+
+    def _check(self) -> None:
+        for target in self.plan.targets:
+            module = self._modules.get(target.module)
+            if module is None:
+                raise ConfigError(f"the plan masks {target.name!r}, which {type(self.model).__name__} lacks; make the plan anew.")
+            if target.values is not None:
+                shape = canonical_shape(module, target.values, self._parameter(module, target).shape)
+                if shape != target.shape:
+                    raise ConfigError(
+                        f"the plan masks {target.name!r} of shape {list(target.shape)}, and here it has {list(shape)}; make "
+                        f"the plan anew."
+                    )
+
+    def _parameter(self, module: nn.Module, target: MaskedTarget) -> Tensor:
+        assert target.values is not None
+        return _own(*owner_of(module, target.values), target.name)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Take what a metric needs from the gradients of this step, and add the penalty of `slim` to them.
+
+        Nothing happens after the last update.
+        """
+        if self.done >= self.plan.options.pace.steps:
+            return
+        for name, target in self._targets.items():
+            if not target.scored:
+                continue
+            metric = METRICS[target.spec.metric]
+            if metric.step is not None:
+                self._gather(name, target, metric)
+            elif target.spec.metric == "slim":
+                scale = self._scale(target)
+                if scale.grad is not None:
+                    scale.grad.add_(scale.sign(), alpha=self.plan.options.penalty)
+
+    def _gather(self, name: str, target: MaskedTarget, metric: Metric) -> None:
+        parameter = self._parameter(self._modules[target.module], target)
+        if parameter.grad is None:
+            return
+        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        assert metric.step is not None
+        step = metric.step(self._blocks(target, self._value(target)), self._blocks(target, gradient))
+        before = self._statistics.get(name)
+        self._statistics[name] = step if before is None else before.to(step.device) + step
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Replace what was gathered by `reduce` of it (float32, one vector): its mean over processes.
+
+        Needed only where their gradients differ; DDP has averaged them by the time of `after_backward`.
+        """
+        names = sorted(self._statistics)
+        if names:
+            packed = reduce(torch.cat([self._statistics[name] for name in names]))
+            parts = packed.split([len(self._statistics[name]) for name in names])
+            self._statistics.update(zip(names, parts, strict=True))
+
+    def step(self, clock: Clock) -> bool:
+        """Make new masks where the schedule has an update before the training step at `clock`, then apply all.
+
+        Metrics that need gradients wait for the first of them. Returns whether masks were made.
+        """
+        due = self.plan.options.pace.done_at(clock)
+        new = due > self.done and self._has_evidence()
+        if new:
+            self._update(due)
+        self.apply()
+        return new
+
+    def _has_evidence(self) -> bool:
+        needed = [
+            name for name, target in self._targets.items() if target.scored and METRICS[target.spec.metric].step is not None
+        ]
+        return all(name in self._statistics for name in needed)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set masked values to 0."""
+        for name, owner, own, mask in self._acting:
+            parameter = _own(owner, own, name)
+            parameter.mul_(mask if mask.device == parameter.device else mask.to(parameter.device))
+        if self._acting and not self.model.training:
+            drop_deployed_layers(self.model)
+
+    # -- new masks ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _update(self, due: int) -> None:
+        share = self.plan.options.pace.share_after(due)
+        scores = {
+            name: self._score(target, due)
+            for name, target in self._targets.items()
+            if target.scored and target.spec.pattern is None
+        }
+        self._mask_units(scores, share)
+        for name, target in self._targets.items():
+            if target.scored and target.spec.pattern is not None:
+                self._masks[name] = self._pattern(target, share, due)
+        for name in [name for name, t in self._targets.items() if t.scored and METRICS[t.spec.metric].mean]:
+            self._statistics.pop(name, None)
+            self._counts.pop(name, None)
+        self._derive()
+        self.done = due
+        self._attach()
+
+    def _mask_units(self, scores: Mapping[str, Tensor], share: float) -> None:
+        grouped: dict[Any, list[tuple[Unit, Tensor]]] = {}
+        for place, unit in enumerate(self.plan.units):
+            found = [scores[name] if at is None else scores[name][at.to(scores[name].device)] for name, at in unit.members]
+            mean = torch.stack([one.to(found[0].device) for one in found]).mean(0)
+            grouped.setdefault(("alone", place) if unit.global_id is None else unit.global_id, []).append((unit, mean))
+        for members in grouped.values():
+            if members[0][0].global_id is None:
+                masks = [one_mask(mean, unit.wanted, share) for unit, mean in members]
+            else:
+                device = members[0][1].device
+                masks = global_masks([mean.to(device) for _, mean in members], [unit.wanted for unit, _ in members], share)
+            for (unit, _), mask in zip(members, masks, strict=True):
+                for name, at in unit.members:
+                    if at is None:
+                        self._masks[name] = mask.to(scores[name].device)
+                    else:
+                        own = self._masks.setdefault(name, torch.ones_like(scores[name], dtype=torch.bool)).clone()
+                        own[at.to(own.device)] = mask.to(own.device)
+                        self._masks[name] = own
+
+    def _score(self, target: MaskedTarget, due: int) -> Tensor:
+        metric, name = METRICS[target.spec.metric], target.name
+        blocks = self._blocks(target, self._value(target))
+        kept = self._masks.get(name)
+        kept = torch.ones(len(blocks), dtype=torch.bool, device=blocks.device) if kept is None else kept.to(blocks.device)
+        statistic = self._statistics.get(name)
+        if statistic is not None:
+            statistic = statistic.to(blocks.device) / (self._counts[name] if metric.mean else 1)
+        # One stream for each target and update, the same in every process.
+        seed = zlib.crc32(f"{self.plan.options.seed} {name} {due}".encode())
+        evidence = Evidence(
+            blocks=blocks,
+            kept=kept,
+            statistic=statistic,
+            scale=None if target.scale is None else self._scale(target).float(),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        scores = metric.score(evidence)
+        return scores if metric.returns else scores.masked_fill(~kept, -torch.inf)
+
+    def _pattern(self, target: MaskedTarget, share: float, due: int) -> Tensor:
+        assert target.spec.pattern is not None
+        n, m = target.spec.pattern
+        scores = self._score(target, due).reshape(target.shape)
+        return n_of_m(scores, m - int((m - n) * share + 1e-6), m).reshape(-1)
+
+    def _derive(self) -> None:
+        """The masks that follow others, from those that were made."""
+        for target in aligned_order(self.plan.targets):
+            assert target.spec.align is not None
+            source, dims = target.spec.align
+            mask = self._whole(self._targets[source])
+            if not is_activation(source.removeprefix(f"{self._targets[source].module}.")):
+                mask = reduced(mask, dims)
+            self._masks[target.name] = mask if target.values is None else mask.reshape(-1)
+            if target.values is None:
+                self._passing[target.name].mask = mask
+        prefix = self.plan.prefix
+        own = {t.module.removeprefix(prefix): self._mask(t) for t in self.plan.targets if not t.follows and _of_rows(t)}
+        channels = self.plan.channels
+        behind = {layer: own[norm] for layer, norm in channels.norm_behind.items() if norm in own and layer not in own}
+        following = [t for t in self.plan.targets if t.follows]
+        names = {t.module.removeprefix(prefix) for t in following}
+        found = channels.followed({**own, **behind}, [name for name in channels.follows if name in names and name not in behind])
+        for target in following:
+            name = target.module.removeprefix(prefix)
+            self._masks[target.name] = (behind[name] if name in behind else found[name]).clone()
+
+    def _mask(self, target: MaskedTarget) -> Tensor:
+        """The mask of blocks now, (blocks,); all True before the first update."""
+        mask = self._masks.get(target.name)
+        if mask is None:
+            mask = torch.ones(math.prod(target.grid), dtype=torch.bool)
+        return mask
+
+    def _whole(self, target: MaskedTarget) -> Tensor:
+        """Its mask over the parameter, output channels first; of an input or output over its channels."""
+        if is_activation(target.target):
+            return self._mask(target).reshape(target.grid)
+        return spread(self._mask(target), target.shape, target.kernel).expand(target.shape)
+
+    # -- masks in their places ----------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        """What `apply` multiplies from now on; values of metrics that let them return are kept, and come back."""
+        before = {name: mask for name, _, _, mask in self._acting}
+        self._acting = [(name, *owner_of(self.model, name), mask) for name, mask in self._combined().items()]
+        keeping = {f"{t.module}.{t.values}" if t.module else t.values for t in self.plan.targets if _returns(t)}
+        for name, owner, own, _ in self._acting:
+            if name in keeping:
+                parameter = _own(owner, own, name)
+                held = self._hidden.get(name)
+                value = (
+                    parameter if held is None else torch.where(before[name].to(parameter.device), parameter, held.to(parameter))
+                )
+                self._hidden[name] = value.detach().clone()
+                parameter.copy_(value)
+        for place, (name, owner, own, mask) in enumerate(self._acting):
+            self._acting[place] = (name, owner, own, mask.to(_own(owner, own, name).device))
+        self.apply()
+        drop_deployed_layers(self.model)
+
+    def _combined(self) -> dict[str, Tensor]:
+        """The mask of every parameter, of a shape that multiplies it; those of several targets together."""
+        found: dict[str, Tensor] = {}
+        for target in self.plan.targets:
+            if target.values is None or target.name not in self._masks:
+                continue
+            for own, mask in self._of_parameters(target).items():
+                name = f"{target.module}.{own}" if target.module else own
+                found[name] = mask if name not in found else found[name] & mask.to(found[name].device)
+        return found
+
+    def _of_parameters(self, target: MaskedTarget) -> dict[str, Tensor]:
+        """What the mask of one target does to the parameters of its module."""
+        module, mask = self._modules[target.module], self._mask(target)
+        if not is_activation(target.target):
+            return {target.target: _raw(module, target.target, spread(mask, target.shape, target.kernel), target.shape)}
+        if target.target != OUTPUT and not is_batch_norm(module):
+            return {WEIGHT: _columns(module, mask)}
+        rows = _raw(module, WEIGHT, mask.reshape(-1, *(1,) * (len(target.shape) - 1)), target.shape)
+        biased = target.target == OUTPUT and module._parameters.get("bias") is not None
+        return {WEIGHT: rows, **({"bias": mask} if biased else {})}
+
+    # -- numbers of a target ------------------------------------------------------------------------------------------
+
+    def _value(self, target: MaskedTarget) -> Tensor:
+        """The values behind the mask where they are kept, else those that are there."""
+        parameter = self._parameter(self._modules[target.module], target).detach()
+        name = f"{target.module}.{target.values}" if target.module else str(target.values)
+        held = self._hidden.get(name) if _returns(target) else None
+        if held is None:
+            return parameter
+        mask = next(mask for other, _, _, mask in self._acting if other == name)
+        value: Tensor = torch.where(mask.to(parameter.device), parameter, held.to(parameter))
+        return value
+
+    def _blocks(self, target: MaskedTarget, x: Tensor) -> Tensor:
+        """(blocks, values) float32 of a tensor with the shape of its parameter."""
+        module = self._modules[target.module]
+        return blocks_of(_first_out(module, str(target.values), x).float(), target.kernel)
+
+    def _scale(self, target: MaskedTarget) -> Tensor:
+        scale: Tensor | None = self._modules[target.scale or target.module]._parameters[WEIGHT]
+        assert scale is not None
+        return scale
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    def by_target(self) -> dict[str, Tensor]:
+        """The masks of parameters now, by name ('conv1.weight'): bool, of the parameter's shape, True where a value stays."""
+        combined = self._combined()
+        found: dict[str, Tensor] = {}
+        for target in self.plan.targets:
+            if target.values is None:
+                continue
+            module = self._modules[target.module]
+            for own in self._names(target, module):
+                name = f"{target.module}.{own}" if target.module else own
+                parameter = _own(*owner_of(module, own), name)
+                mask = combined.get(name, torch.ones((), dtype=torch.bool)).to(parameter.device)
+                found[name] = mask.expand(parameter.shape).clone()
+        return found
+
+    def _names(self, target: MaskedTarget, module: nn.Module) -> list[str]:
+        if not is_activation(target.target):
+            return [target.target]
+        biased = target.target == OUTPUT and module._parameters.get("bias") is not None
+        return [WEIGHT, *(["bias"] if biased else [])]
+
+    def passing(self) -> dict[str, Tensor]:
+        """The masks of inputs and outputs that are masked where they pass, by name ('softmax._input_')."""
+        return {name: one.mask for name, one in self._passing.items() if one.mask is not None}
+
+    def sparsity(self) -> dict[str, float]:
+        """The share of each masked parameter's values, by name, that its mask has set to 0."""
+        return {name: 1 - float(mask.float().mean()) for name, mask in self.by_target().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, what was gathered and what was decided: plain tensors on the CPU, numbers and texts."""
+
+        def host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+        return {
+            "done": self.done,
+            "masks": host(self._masks),
+            "statistics": host(self._statistics),
+            "counts": dict(self._counts),
+            "hidden": host(self._hidden),
+            "decisions": self.plan.decisions(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state and apply its masks.
+
+        Raises:
+            ConfigError: if it is of another plan; nothing is loaded then.
+        """
+        own = self.plan.decisions()
+        if own != state["decisions"]:
+            names = sorted(name for name in {*own, *state["decisions"]} if own.get(name) != state["decisions"].get(name))
+            raise ConfigError(
+                f"the saved masks are of another `pruning`: {', '.join(names)} differ. Use the `pruning` of that run, or load "
+                f"only "
+                "its weights and start a new fit."
+            )
+        self.done, self._counts = state["done"], dict(state["counts"])
+        self._masks, self._statistics = dict(state["masks"]), dict(state["statistics"])
+        self._hidden = dict(state["hidden"])
+        for name, one in self._passing.items():
+            one.mask = self._masks.get(name)
+        self._acting = [
+            (name, owner, own_name, mask.to(_own(owner, own_name, name).device))
+            for name, mask in self._combined().items()
+            for owner, own_name in [owner_of(self.model, name)]
+        ]
+        self.apply()
+        drop_deployed_layers(self.model)
+
+    def remove(self) -> None:
+        """Give modules that mask what passes their own class back; parameters stay as they are, masked."""
+        for target in self.plan.targets:
+            if target.values is None:
+                unmask_passing(self._modules[target.module])
+
+
+# -- parameters ---------------------------------------------------------------------------------------------------------
+
+
+def _own(owner: nn.Module, own: str, name: str) -> Tensor:
+    """A parameter that a module holds itself.
+
+    Raises:
+        ConfigError: if something else has put a mask or a computation in its place since.
+    """
+    parameter = owner._parameters.get(own)
+    if parameter is None:
+        what = "torch.nn.utils.prune (ModelPruning)" if f"{own}_orig" in owner._parameters else "a parametrization"
+        raise ConfigError(
+            f"{name}: {what} has taken the Parameter's place since the masks were planned; use one of the two for this layer."
+        )
+    return parameter
+
+
+def _returns(target: MaskedTarget) -> bool:
+    return target.scored and METRICS[target.spec.metric].returns
+
+
+def _of_rows(target: MaskedTarget) -> bool:
+    """Whether its mask is one of output channels."""
+    rows = target.kernel[:1] == (1,) and all(k == -1 for k in target.kernel[1:])
+    return rows and target.values == WEIGHT and target.target in (WEIGHT, OUTPUT)
+
+
+def _first_out(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """A tensor with a parameter's shape, output channels first."""
+    if name != WEIGHT or not isinstance(module, TRANSPOSED):
+        return x
+    groups = module.groups
+    split = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).transpose(1, 2)
+    return split.reshape(canonical_shape(module, name, x.shape))
+
+
+def _raw(module: nn.Module, name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The reverse of `_first_out`, of a mask that multiplies a tensor of `shape`."""
+    if name != WEIGHT or not isinstance(module, TRANSPOSED):
+        return mask
+    if module.groups == 1:
+        return mask.transpose(0, 1)
+    groups = module.groups
+    whole = mask.expand(shape[0], shape[1], *mask.shape[2:])
+    split = whole.reshape(groups, shape[0] // groups, *whole.shape[1:]).transpose(1, 2)
+    return split.reshape(shape[1] * groups, shape[0] // groups, *whole.shape[2:])
+
+
+def _columns(module: nn.Module, mask: Tensor) -> Tensor:
+    """What a mask of input channels does to the weight that reads them."""
+    weight = module._parameters[WEIGHT]
+    assert weight is not None
+    rest = (1,) * (weight.dim() - 2)
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, TRANSPOSED):
+        return mask.reshape(-1, 1, *rest)
+    columns = mask.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
+    return columns.reshape(weight.shape[0], -1, *rest) if groups > 1 else mask.reshape(1, -1, *rest)
+
+
+__all__ = ["MaskedTarget", "Masks", "Pruning", "PruningPlan", "make_pruning"]
