@@ -13,16 +13,22 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_quant.keys import (
+    DISTILLATION,
+    DISTILLATION_METHODS,
     ENTRY,
     QUANTIZATION,
     SELECTION,
     WEIGHT_OBSERVERS,
     Blocks,
+    Key,
     Problems,
     check_keys,
+    check_target_settings,
     closest,
     guess,
     is_list,
+    names,
+    number,
     unknown_key,
 )
 
@@ -271,6 +277,80 @@ def parse_rules(config_list: Any) -> tuple[Rule, ...]:
             rules.append(_rule(entry, where, problems))
     raise_problems(problems)
     return tuple(rule for rule in rules if rule is not None)
+
+
+# -- other lists than config_list -------------------------------------------------------------------------------------
+
+
+def plain_rule(entry: Any, where: str, rows: Mapping[str, Key], problems: Problems) -> Rule | None:
+    """An entry of a list whose entries have the keys of selection and of targets, and those of `rows`; None if it is no dict."""
+    if not isinstance(entry, Mapping):
+        problems.append(f"{where}: expected a dict, got {entry!r}.")
+        return None
+    allowed = (*SELECTION, "target_names", "target_settings", *rows)
+    problems.extend(unknown_key(key, allowed, where) for key in entry if key not in allowed)
+    read = {key: SELECTION[key].check(entry[key], f"{where}[{key!r}]", problems) for key in SELECTION if key in entry}
+    if "target_names" in entry:
+        read["target_names"] = names(entry["target_names"], f"{where}['target_names']", problems)
+    if "target_settings" in entry:
+        place = f"{where}['target_settings']"
+        read["target_settings"] = check_target_settings(entry["target_settings"], place, problems, rows)
+    settings = check_keys({key: entry[key] for key in rows if key in entry}, rows, where, problems)
+    return Rule(where=where, settings=settings, **read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRules:
+    """What `distillation` says, checked as far as that needs no model. `own`: the weight of the loss of the user's own step."""
+
+    rules: tuple[Rule, ...]
+    own: float = 1.0
+
+
+def parse_distillation(given: Any) -> DistillationRules:
+    """Check what `distillation` says and return it.
+
+    Args:
+        given: a list of entries, each a dict of selection, targets and the keys of DISTILLATION in `keys.py`; an entry that
+            selects nothing means the model's own output. One entry serves as a list of one, the name of a loss as an entry that
+            says no more ("kl"), and a dict of `config_list` and `origin_loss_lambda` weighs the loss of the step itself, too.
+
+    Raises:
+        ConfigError: with every problem found, each with its path inside the list.
+    """
+    problems: Problems = []
+    own: Any = 1.0
+    if isinstance(given, Mapping) and "config_list" in given:
+        allowed = ("config_list", "origin_loss_lambda")
+        problems.extend(unknown_key(key, allowed, "distillation") for key in given if key not in allowed)
+        own = number(0, 1e30)(given.get("origin_loss_lambda", 1.0), "distillation['origin_loss_lambda']", problems)
+        given = given["config_list"]
+    entries: Any = [given] if isinstance(given, str | Mapping) else given
+    if not is_list(entries) or not entries:
+        raise ConfigError(
+            f"distillation: expected a non-empty list of dicts, one dict or a loss ({', '.join(DISTILLATION_METHODS)}), got "
+            f"{given!r}; the shortest useful ones are 'kl' and [{{'op_types': ['Conv2d']}}]."
+        )
+    rules: list[Rule | None] = []
+    for index, entry in enumerate(entries):
+        where = f"distillation[{index}]"
+        if isinstance(entry, str):
+            DISTILLATION["apply_method"].check(entry, where, problems)
+            rules.append(Rule(where=where, settings={"apply_method": entry}))
+        else:
+            rules.append(rule := plain_rule(entry, where, DISTILLATION, problems))
+            if rule is not None and not selects(rule) and any(getattr(rule, f"exclude_{key}") for key in _SELECTING):
+                problems.append(f"{where}: there are only exclude keys; give op_names, op_names_re or op_types, too.")
+    raise_problems(problems)
+    return DistillationRules(rules=tuple(rule for rule in rules if rule is not None), own=float(own))
+
+
+_SELECTING = ("op_names", "op_names_re", "op_types")
+
+
+def selects(rule: Rule) -> bool:
+    """Whether a rule names modules; in `distillation` one that does not means the model's own output."""
+    return any(getattr(rule, key) for key in _SELECTING)
 
 
 __all__ = ["PRESETS", "ConfigError", "Rule", "TensorSpec", "closest", "parse_rules", "raise_problems"]

@@ -18,6 +18,7 @@ APPLY_METHODS = ("bypass", "clamp_round", "qat_clamp_round")
 OBSERVERS = ("default", "moving_average", "minmax", "percentile", "entropy", "mse")
 WEIGHT_OBSERVERS = ("default", "mse")  # those that a parameter can have
 METHODS = ("qat", "ptq", "lsq", "lsq+", "pact", "dorefa", "bnn")
+DISTILLATION_METHODS = ("mse", "kl", "cosine", "attention")
 INPUT, WEIGHT, OUTPUT = "_input_", "weight", "_output_"
 
 Problems = list[str]
@@ -43,8 +44,8 @@ def is_list(value: Any) -> bool:
 def unknown_key(key: Any, allowed: Iterable[str], where: str) -> str:
     """The problem of a key that is not in `allowed`."""
     names = sorted(allowed)
-    if key in _LATER:
-        return f"{where}: {key!r} is a key of {_LATER[key]}, which this release does not have yet; allowed: {', '.join(names)}."
+    if key in _ELSEWHERE:
+        return f"{where}: {key!r} is a key of {_ELSEWHERE[key]}; allowed: {', '.join(names)}."
     return f"{where}: unknown key {key!r}; allowed: {', '.join(names)}.{guess(key, names)}"
 
 
@@ -257,6 +258,22 @@ def _link(value: Any, where: str, problems: Problems) -> Any:
     return value
 
 
+def _distillation_method(value: Any, where: str, problems: Problems) -> Any:
+    path = isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
+    if not (path or callable(value) or (isinstance(value, str) and value in DISTILLATION_METHODS)):
+        problems.append(
+            f"{where}: {value!r} is not one of {', '.join(DISTILLATION_METHODS)}, nor a function of (student, teacher) or the "
+            f"path of one, 'package.module.function'.{guess(value, DISTILLATION_METHODS)}"
+        )
+    return value
+
+
+def _temperature(value: Any, where: str, problems: Problems) -> Any:
+    if value == 0:
+        problems.append(f"{where}: a temperature is greater than 0.")
+    return number(0, 1e6)(value, where, problems)
+
+
 # -- the rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -280,11 +297,15 @@ def check_keys(value: Any, rows: Mapping[str, Key], where: str, problems: Proble
     return {key: row.check(value[key], f"{where}[{key!r}]", problems) for key, row in rows.items() if value.get(key) is not None}
 
 
-def _target_settings(value: Any, where: str, problems: Problems) -> dict[str, Mapping[str, Any]]:
+def check_target_settings(
+    value: Any, where: str, problems: Problems, rows: Mapping[str, Key] | None = None
+) -> dict[str, Mapping[str, Any]]:
+    """The settings of targets in an entry, each with the keys of `rows`; None for those of quantization."""
     if not isinstance(value, Mapping):
         problems.append(f"{where}: expected a dict from target to settings, got {value!r}.")
         return {}
-    return {str(target): check_keys(keys, QUANTIZATION, f"{where}[{target!r}]", problems) for target, keys in value.items()}
+    known = QUANTIZATION if rows is None else rows
+    return {str(target): check_keys(keys, known, f"{where}[{target!r}]", problems) for target, keys in value.items()}
 
 
 def _one_of(*allowed: str) -> dict[str, Any]:
@@ -383,7 +404,7 @@ ENTRY: dict[str, Key] = {
         "for any part of a parameter's name (`weight_*`). Buffers and tensors inside nested tuples are no targets.",
     ),
     "target_settings": Key(
-        check=_target_settings,
+        check=check_target_settings,
         schema=_TARGETS,
         values="dict from target to keys",
         default="none",
@@ -423,11 +444,29 @@ PRUNING: dict[str, Key] = {
 }
 DISTILLATION: dict[str, Key] = {
     "lambda": Key(check=number(0, 1e30), schema={}, default="1.0", text="Weight of this loss."),
-    "link": Key(check=_link, schema={}, default="auto", text="The teacher's module, by name."),
-    "apply_method": Key(check=choice("mse", "kl"), schema={}, default="mse", text="The loss."),
+    "link": Key(
+        check=_link,
+        schema={},
+        default="auto",
+        text="The teacher's module, by name; `auto` is the one of the same name. Of a list, the nearest one in each batch.",
+    ),
+    "apply_method": Key(
+        check=_distillation_method,
+        schema={},
+        default="mse",
+        text="The loss: `mse`, `kl` (Hinton et al. 2015), `cosine`, `attention` (Zagoruyko and Komodakis 2017), a function of "
+        "(student, teacher) or its path.",
+    ),
+    "temperature": Key(check=_temperature, schema={}, default="2.0", text="Of `kl`: logits are divided by it."),
+    "dim": Key(
+        check=number(-16, 16, whole=True),
+        schema={},
+        default="1 for pictures and layers for sequences of channels (`Conv1d`), else -1",
+        text="The dimension of the classes, channels or features.",
+    ),
 }
-# Whose keys a config_list may one day have; "sparsity" is what older NNI called one.
-_LATER = {
+# Which other list a key belongs to; "sparsity" is what older NNI called one.
+_ELSEWHERE = {
     **dict.fromkeys((key for key in (*PRUNING, "sparsity") if key not in QUANTIZATION), "pruning"),
     **dict.fromkeys((key for key in DISTILLATION if key not in QUANTIZATION), "distillation"),
 }

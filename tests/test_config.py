@@ -388,7 +388,7 @@ def test_an_unknown_key_of_an_entry(key: Any, hint: str) -> None:
     ],
 )
 def test_a_key_of_what_is_still_to_be_built(key: str, kind: str) -> None:
-    text = f"{key!r} is a key of {kind}, which this release does not have yet; allowed:"
+    text = f"{key!r} is a key of {kind}; allowed:"
     assert error_of([{"op_types": ["Linear"], key: 0.5}]) == f"config_list[0]: {text} {KEYS}."
     entry = {"op_types": ["Linear"], "target_settings": {"weight": {key: 0.5}}}
     assert error_of([entry]) == f"config_list[0]['target_settings']['weight']: {text} {TARGET_KEYS}."

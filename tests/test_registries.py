@@ -224,7 +224,7 @@ WRONG: list[tuple[Registry, Any, str]] = [
     (
         QuantizationSetting,
         {"p": {"sparse_ratio": 0.5}},
-        "'sparse_ratio' is a key of pruning, which this release does not have yet",
+        "'sparse_ratio' is a key of pruning",
     ),
     (
         QuantizationSetting,
