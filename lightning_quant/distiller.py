@@ -169,11 +169,7 @@ class _Run:
             for name in link.teachers:
                 teachers = pair.teacher.get((name, link.target), [])
                 if len(teachers) != len(students):
-                    raise ConfigError(
-                        f"{link.decided_by}: {link.name} was there {len(students)} times in the student's forward, and "
-                        f"{len(teachers)} times in that of the teacher, in {name or 'the model'!r}: it is unknown which belong "
-                        "together."
-                    )
+                    raise ConfigError(_uneven(link, name, len(students), len(teachers)))
                 near.append(self._distance(link, name, student, teachers[index]))
             found.append(near[0] if len(near) == 1 else torch.stack(near).min())
         return found
@@ -226,7 +222,7 @@ class _Run:
                 if (name, link.target) not in teacher:
                     problems.append(self._absent(link, self.taught, (name, link.target), "teacher"))
                 elif place in student:
-                    problems += self._compared(link, name, student[place][0], teacher[name, link.target][0])
+                    problems += self._compared(link, name, student[place], teacher[name, link.target])
         return problems
 
     def _absent(self, link: Link, taps: Taps, place: Place, whose: str) -> str:
@@ -235,8 +231,11 @@ class _Run:
             return f"{where}: its {place[1]} in the {whose}'s forward is no tensor but: {taps.missing[place]}."
         return f"{where} is not called in the {whose}'s forward, so there is nothing to compare; leave it out, or link another."
 
-    def _compared(self, link: Link, name: str, student: Tensor, teacher: Tensor) -> list[str]:
-        """Try a pair, and make its projection if it needs one."""
+    def _compared(self, link: Link, name: str, students: list[Tensor], teachers: list[Tensor]) -> list[str]:
+        """Try the first pair, and make its projection if it needs one."""
+        if len(students) != len(teachers):
+            return [_uneven(link, name, len(students), len(teachers))]
+        student, teacher = students[0], teachers[0]
         place, dim = (link.module, link.target), self.dim(link, student)
         if (why := mismatch(link.method, student.shape, teacher.shape, dim)) is not None:
             return [_unlike(link, name, student, teacher, why)]
@@ -254,6 +253,13 @@ class _Run:
 
 def _bridged(link: Link, student: Tensor, teacher: Tensor, dim: int) -> bool:
     return link.method in BRIDGED and student.shape[dim] != teacher.shape[dim]
+
+
+def _uneven(link: Link, name: str, students: int, teachers: int) -> str:
+    return (
+        f"{link.decided_by}: {link.name} was there {students} times in the student's forward, and {teachers} times in that of "
+        f"the teacher, in {name or 'the model'!r}: it is unknown which belong together."
+    )
 
 
 def _unlike(link: Link, name: str, student: Tensor, teacher: Tensor, why: str) -> str:
@@ -391,8 +397,8 @@ class Distiller:
                 )
             if first and not self._run.asked:
                 raise ConfigError(
-                    "distillation: in manual optimization training_step adds the loss itself: self.manual_backward(loss + "
-                    "callback.distillation_loss()), after its forward and before the backward of the student's loss."
+                    "distillation: the first training batch did not ask for its loss. In manual optimization training_step adds "
+                    "the loss itself: self.manual_backward(loss + callback.distillation_loss()), after the student's forward."
                 )
 
     @contextlib.contextmanager

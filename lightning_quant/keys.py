@@ -468,5 +468,5 @@ DISTILLATION: dict[str, Key] = {
 # Which other list a key belongs to; "sparsity" is what older NNI called one.
 _ELSEWHERE = {
     **dict.fromkeys((key for key in (*PRUNING, "sparsity") if key not in QUANTIZATION), "pruning"),
-    **dict.fromkeys((key for key in DISTILLATION if key not in QUANTIZATION), "distillation"),
+    **dict.fromkeys((key for key in DISTILLATION if key not in (*QUANTIZATION, "dim")), "distillation"),
 }

@@ -98,7 +98,8 @@ def _loaded(cls: Any, path: Any, named: bool) -> nn.Module:
     except Exception as error:
         other = "" if named else " If it is of another class, give {'class_path': ..., 'ckpt_path': ...}."
         raise ConfigError(
-            f"teacher: {str(path)!r} cannot be loaded as a {cls.__name__}: {type(error).__name__}: {error}.{other} Or give the "
+            f"teacher: {str(path)!r} cannot be loaded as a {cls.__name__}: {type(error).__name__}: "
+            f"{str(error).strip(' .')}.{other} Or give the "
             "teacher as a module."
         ) from error
     return module
