@@ -7,12 +7,14 @@ What a rule means for a given module (precedence, defaults, targets that exist) 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_quant.keys import (
+    DISTILLATION,
+    DISTILLATION_METHODS,
     ENTRY,
     QUANTIZATION,
     SELECTION,
@@ -24,6 +26,8 @@ from lightning_quant.keys import (
     closest,
     guess,
     is_list,
+    number,
+    target_settings,
     unknown_key,
 )
 from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
@@ -207,6 +211,9 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
 # -- parsing ----------------------------------------------------------------------------------------------------------
 
 
+_SELECTING = ("op_names", "op_names_re", "op_types")
+
+
 def _rule(
     entry: Any,
     where: str,
@@ -215,15 +222,18 @@ def _rule(
     preset: bool = False,
     rows: Mapping[str, Key] = ENTRY,
     keys: Mapping[str, Key] = QUANTIZATION,
+    selecting: bool = True,
 ) -> Rule | None:
-    """One entry of a list whose entries have the keys `rows`, of which `keys` are what it says of tensors."""
+    """One entry of a list whose entries have the keys `rows`, of which `keys` are what it says of tensors.
+
+    `selecting`: it must select something.
+    """
     if not isinstance(entry, Mapping):
         problems.append(f"{where}: expected a dict, got {entry!r}.")
         return None
     problems.extend(unknown_key(key, rows, where) for key in entry if key not in rows)
-    selecting = ("op_names", "op_names_re", "op_types")
-    misspelt = any(name in selecting for key in entry if key not in rows for name in closest(str(key), rows, 1))
-    if not misspelt and not any(key in entry for key in selecting):
+    misspelt = any(name in _SELECTING for key in entry if key not in rows for name in closest(str(key), rows, 1))
+    if selecting and not misspelt and not any(key in entry for key in _SELECTING):
         problems.append(
             f"{where}: selects nothing; give op_names (module names), op_names_re (regular expressions) or op_types (classes)."
         )
@@ -284,6 +294,9 @@ def parse_rules(config_list: Any) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if rule is not None)
 
 
+# -- other lists than config_list -------------------------------------------------------------------------------------
+
+
 def parse_pruning(entries: Any) -> tuple[Rule, ...]:
     """Check the entries of a `pruning` list as far as that needs no model: a list of dicts, or one dict.
 
@@ -330,4 +343,74 @@ def contradictions(keys: Mapping[str, Any], where: str) -> Problems:
     return problems
 
 
-__all__ = ["PRESETS", "ConfigError", "Rule", "TensorSpec", "closest", "parse_pruning", "parse_rules", "raise_problems"]
+_DISTILLATION_ENTRY: dict[str, Key] = {
+    **SELECTION,
+    "target_names": ENTRY["target_names"],
+    "target_settings": replace(ENTRY["target_settings"], check=target_settings(DISTILLATION)),
+    **DISTILLATION,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRules:
+    """What `distillation` says, checked as far as that needs no model. `own`: the weight of the loss of the user's own step."""
+
+    rules: tuple[Rule, ...]
+    own: float = 1.0
+
+
+def parse_distillation(given: Any) -> DistillationRules:
+    """Check what `distillation` says and return it.
+
+    Args:
+        given: a list of entries, each a dict of selection, targets and the keys of DISTILLATION in `keys.py`; an entry that
+            selects nothing means the model's own output. One entry serves as a list of one, the name of a loss as an entry that
+            says no more ("kl"), and a dict of `config_list` and `origin_loss_lambda` weighs the loss of the step itself, too.
+
+    Raises:
+        ConfigError: with every problem found, each with its path inside the list.
+    """
+    problems: Problems = []
+    own: Any = 1.0
+    if isinstance(given, Mapping) and "config_list" in given:
+        allowed = ("config_list", "origin_loss_lambda")
+        problems.extend(unknown_key(key, allowed, "distillation") for key in given if key not in allowed)
+        own = number(0, 1e30)(given.get("origin_loss_lambda", 1.0), "distillation['origin_loss_lambda']", problems)
+        given = given["config_list"]
+    entries: Any = [given] if isinstance(given, str | Mapping) else given
+    if not is_list(entries) or not entries:
+        raise ConfigError(
+            f"distillation: expected a non-empty list of dicts, one dict or a loss ({', '.join(DISTILLATION_METHODS)}), got "
+            f"{given!r}; the shortest useful ones are 'kl' and [{{'op_types': ['Conv2d']}}]."
+        )
+    rules: list[Rule | None] = []
+    for index, entry in enumerate(entries):
+        where = f"distillation[{index}]"
+        if isinstance(entry, str):
+            DISTILLATION["apply_method"].check(entry, where, problems)
+            rules.append(Rule(where=where, settings={"apply_method": entry}))
+        else:
+            rules.append(rule := _rule(entry, where, problems, rows=_DISTILLATION_ENTRY, keys=DISTILLATION, selecting=False))
+            if rule is not None and not selects(rule) and any(getattr(rule, f"exclude_{key}") for key in _SELECTING):
+                problems.append(f"{where}: there are only exclude keys; give op_names, op_names_re or op_types, too.")
+    raise_problems(problems)
+    return DistillationRules(rules=tuple(rule for rule in rules if rule is not None), own=float(own))
+
+
+def selects(rule: Rule) -> bool:
+    """Whether a rule names modules; in `distillation` one that does not means the model's own output."""
+    return any(getattr(rule, key) for key in _SELECTING)
+
+
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "DistillationRules",
+    "Rule",
+    "TensorSpec",
+    "closest",
+    "parse_distillation",
+    "parse_pruning",
+    "parse_rules",
+    "raise_problems",
+]

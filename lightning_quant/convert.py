@@ -19,7 +19,7 @@ from lightning_quant.fusion import Ending
 from lightning_quant.group import Group, Strays, leave, watching
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Rounding
 from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner, operators_aside
-from lightning_quant.prepare import prepared_groups, quantizers_of
+from lightning_quant.prepare import LEARNED, prepared_groups, quantizers_of
 from lightning_quant.sites import Operator
 from lightning_quant.wrapped import QuantizedModule
 
@@ -60,6 +60,7 @@ def convert_model(model: nn.Module, *, mode: str = "integer") -> nn.Module:
             stacklevel=2,
         )
     deployed = unwrapped(made_permanent(copy_of(model)))
+    deployed.__dict__.pop(LEARNED, None)
     for quantizer in quantizers_of(deployed).values():
         quantizer.settled = True
     groups = list(prepared_groups(deployed).values())

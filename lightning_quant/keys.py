@@ -18,6 +18,7 @@ APPLY_METHODS = ("bypass", "clamp_round", "qat_clamp_round")
 OBSERVERS = ("default", "moving_average", "minmax", "percentile", "entropy", "mse")
 WEIGHT_OBSERVERS = ("default", "mse")  # those that a parameter can have
 METHODS = ("qat", "ptq", "lsq", "lsq+", "pact", "dorefa", "bnn")
+DISTILLATION_METHODS = ("mse", "kl", "cosine", "attention")
 INPUT, WEIGHT, OUTPUT = "_input_", "weight", "_output_"
 
 Problems = list[str]
@@ -235,6 +236,22 @@ def _link(value: Any, where: str, problems: Problems) -> Any:
     return value
 
 
+def _distillation_method(value: Any, where: str, problems: Problems) -> Any:
+    path = isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split("."))
+    if not (path or callable(value) or (isinstance(value, str) and value in DISTILLATION_METHODS)):
+        problems.append(
+            f"{where}: {value!r} is not one of {', '.join(DISTILLATION_METHODS)}, nor a function of (student, teacher) or the "
+            f"path of one, 'package.module.function'.{guess(value, DISTILLATION_METHODS)}"
+        )
+    return value
+
+
+def _temperature(value: Any, where: str, problems: Problems) -> Any:
+    if value == 0:
+        problems.append(f"{where}: a temperature is greater than 0.")
+    return number(0, 1e6)(value, where, problems)
+
+
 # -- the rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -394,12 +411,30 @@ ENTRY: dict[str, Key] = {
 }
 DISTILLATION: dict[str, Key] = {
     "lambda": Key(check=number(0, 1e30), schema={}, default="1.0", text="Weight of this loss."),
-    "link": Key(check=_link, schema={}, default="auto", text="The teacher's module, by name."),
-    "apply_method": Key(check=choice("mse", "kl"), schema={}, default="mse", text="The loss."),
+    "link": Key(
+        check=_link,
+        schema={},
+        default="auto",
+        text="The teacher's module, by name; `auto` is the one of the same name. Of a list, the nearest one in each batch.",
+    ),
+    "apply_method": Key(
+        check=_distillation_method,
+        schema={},
+        default="mse",
+        text="The loss: `mse`, `kl` (Hinton et al. 2015), `cosine`, `attention` (Zagoruyko and Komodakis 2017), a function of "
+        "(student, teacher) or its path.",
+    ),
+    "temperature": Key(check=_temperature, schema={}, default="2.0", text="Of `kl`: logits are divided by it."),
+    "dim": Key(
+        check=number(-16, 16, whole=True),
+        schema={},
+        default="1 for pictures and layers for sequences of channels (`Conv1d`), else -1",
+        text="The dimension of the classes, channels or features.",
+    ),
 }
 # What stands in lists of its own; "sparsity" is what older NNI called a ratio. A test holds the names to the rows.
 _ELSEWHERE = {
     **dict.fromkeys(("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "sparsity"), "pruning"),
     **dict.fromkeys(("global_group_id", "dependency_group_id", "internal_metric_block", "align", "metric", "pattern"), "pruning"),
-    **dict.fromkeys((key for key in DISTILLATION if key not in QUANTIZATION), "distillation"),
+    **dict.fromkeys((key for key in DISTILLATION if key not in (*QUANTIZATION, "dim")), "distillation"),
 }

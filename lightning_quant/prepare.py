@@ -179,6 +179,14 @@ _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 _SAVED = "_lightning_quant_"
+LEARNED = "_lightning_quant_learned"  # in the `__dict__` of a model: what is learned beside it that belongs to no layer
+
+
+class Learned(dict[str, nn.Parameter]):
+    """Such parameters by name: 'layer1._output_->block1.weight'. A copy of the model has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Learned:
+        return Learned()
 
 
 def _make_quantizers(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, ActivationQuantizer]:
@@ -298,6 +306,7 @@ def restore_model(model: nn.Module) -> nn.Module:
 
     Weights and batch-norm statistics stay as training left them. A model that is not prepared is returned as it is.
     """
+    model.__dict__.pop(LEARNED, None)
     for module in model.modules():
         leave(module)
         disown(module)
@@ -400,13 +409,14 @@ def _stateful(model: nn.Module) -> dict[str, ActivationQuantizer | WeightQuantiz
 
 
 def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the methods of a prepared model learn beside its own parameters: 'conv1.weight.scale' -> a Parameter of float32.
+    """What is learned beside a prepared model's own parameters: 'conv1.weight.scale' -> a Parameter of float32.
 
     They are no part of the model (`parameters()` does not have them), so an optimizer of yours must be given them:
     `SGD([*model.parameters(), *learned_parameters(model).values()], ...)`. With a Trainer the callback sees to that.
     """
     found = _stateful(model).items()
-    return {f"{name}.{key}": parameter for name, quantizer in found for key, parameter in quantizer.learned.items()}
+    scales = {f"{name}.{key}": parameter for name, quantizer in found for key, parameter in quantizer.learned.items()}
+    return {**scales, **model.__dict__.get(LEARNED, {})}
 
 
 def give_to_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -421,7 +431,10 @@ def give_to_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Non
             continue
         group = _group_for(name, modules, optimizers)
         if group is None:
-            raise ConfigError(f"{name} is to be learned, but no optimizer has a parameter group; method 'qat' learns nothing.")
+            raise ConfigError(
+                f"{name} is to be learned, but no optimizer has a parameter group; method 'qat' learns nothing, nor does "
+                "distillation between tensors of equal shapes."
+            )
         group["params"].append(parameter)
 
 

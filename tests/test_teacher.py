@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns fits with a teacher: the same as with the loss written into the step; the teacher and the model stay what they were."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from distils import (
+    ENTRIES,
+    IMAGE,
+    ByHand,
+    Distils,
+    Make,
+    added,
+    assert_close,
+    begun,
+    by_layer,
+    copied,
+    fit,
+    teacher_net,
+    weights,
+)
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from toys import FUSED, Calls, Lit, Net, fingerprint
+
+from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
+from lightning_quant.prepare import LEARNED, learned_parameters, restore_model
+
+# -- fits, against the same loss written into the step -----------------------------------------------------------------------
+
+
+class Lbfgs(Lit):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class HandLbfgs(ByHand):
+    configure_optimizers = Lbfgs.configure_optimizers
+
+
+def scaler() -> list[Any]:
+    return [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))]
+
+
+FITS: dict[str, tuple[Callable[[], dict[str, Any]], type[Lit], type[ByHand], float]] = {
+    "plain": (dict, Lit, ByHand, 1e-5),
+    "accumulated": (lambda: {"accumulate_grad_batches": 2}, Lit, ByHand, 1e-5),
+    "clipped": (lambda: {"gradient_clip_val": 0.1}, Lit, ByHand, 1e-5),
+    "bf16": (lambda: {"precision": "bf16-mixed"}, Lit, ByHand, 2e-3),
+    "16 with a scaler": (lambda: {"plugins": scaler()}, Lit, ByHand, 2e-3),
+    "64": (lambda: {"precision": "64-true"}, Lit, ByHand, 1e-5),
+    "closures": (lambda: {"max_epochs": 1}, Lbfgs, HandLbfgs, 2e-4),
+}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_is_that_with_the_loss_in_the_step(name: str, quiet_trainer: Make) -> None:
+    options, kind, twin, tolerance = FITS[name]
+    torch.manual_seed(0)
+    model = kind()
+    reference = twin.of(teacher_net())
+    if name == "64":
+        reference.__dict__["teacher"].double()
+    callback = Distils(ENTRIES, teacher_net())
+    fit(quiet_trainer, model, callback, **options())
+    fit(quiet_trainer, reference, **options())
+    assert_close(model, reference, rtol=tolerance, atol=tolerance)
+    torch.manual_seed(0)
+    alone = kind()
+    fit(quiet_trainer, alone, **options())
+    assert (weights(alone)["fc.weight"] - weights(model)["fc.weight"]).abs().max() > 10 * tolerance
+    for losses in callback.losses:
+        assert set(losses) == {"_output_", "pool._output_", "loss"}
+        assert losses["loss"] == pytest.approx(losses["_output_"] + losses["pool._output_"], rel=1e-5)
+
+
+def test_case_26_a_model_that_is_its_own_teacher(quiet_trainer: Make) -> None:
+    """NNI's case 26: lambda 0.5, mse, the module of the same name; but the teacher is left as it was."""
+    torch.manual_seed(0)
+    model, teacher = Lit(), Lit().train()
+    teacher.load_state_dict(model.state_dict())
+    teacher.get_submodule("bn1").eval()
+    before = fingerprint(teacher)
+    entry = {"op_names": ["fc"], "target_names": ["_output_"], "lambda": 0.5, "link": "fc", "apply_method": "mse"}
+    callback = Distils([entry], teacher)
+    keys = [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()]
+    fit(quiet_trainer, model, callback, max_epochs=2)
+    assert fingerprint(teacher) == before  # classes, training flags, hooks, parameters, buffers
+    assert [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()] == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert "training_step" not in model.__dict__ and LEARNED not in model.__dict__
+
+    class Twin(ByHand):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                wanted: Tensor = self.__dict__["teacher"](batch[0])
+            found: Tensor = self(batch[0])
+            return F.cross_entropy(found, batch[1]) + 0.5 * (found - wanted).square().mean()
+
+    reference = Twin.of(teacher)
+    fit(quiet_trainer, reference, max_epochs=2)
+    assert_close(model, reference)
+    assert callback.losses[-1]["fc._output_"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_the_own_loss_may_weigh_less(quiet_trainer: Make) -> None:
+    """NNI's origin_loss_lambda; and a step that returns a dict, or None."""
+
+    class Dict(Lit):
+        seen: list[Any] = []  # noqa: RUF012
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else {"loss": loss, "more": 3}
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append(outputs)
+
+    class Twin(ByHand):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            own = F.cross_entropy(found := self(batch[0]), batch[1])
+            with torch.no_grad():
+                wanted = self.__dict__["teacher"](batch[0])
+            return None if batch_idx == 1 else 0.25 * own + ((found - wanted) ** 2).mean()
+
+    torch.manual_seed(0)
+    model = Dict()
+    reference = Twin.of(teacher_net())
+    distillation = {"config_list": ["mse"], "origin_loss_lambda": 0.25}
+    fit(quiet_trainer, model, Distils(distillation, teacher_net()), max_epochs=1)
+    fit(quiet_trainer, reference, max_epochs=1)
+    assert_close(model, reference)
+    assert [set(outputs) for outputs in model.seen] == [{"loss", "more"}, set(), {"loss", "more"}, {"loss", "more"}]
+
+
+def test_several_forwards_in_a_step_have_the_mean(quiet_trainer: Make) -> None:
+    class Halves(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self(batch[0])  # does not count
+            parts = [self(half) for half in batch[0].chunk(2)]
+            return F.cross_entropy(torch.cat(parts), batch[1])
+
+    class Twin(ByHand):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self(batch[0])
+                wanted = [self.__dict__["teacher"](half) for half in batch[0].chunk(2)]
+            parts = [self(half) for half in batch[0].chunk(2)]
+            added: list[Tensor] = [(a - b).square().mean() for a, b in zip(parts, wanted, strict=True)]
+            return F.cross_entropy(torch.cat(parts), batch[1]) + (added[0] + added[1]) / 2
+
+    torch.manual_seed(0)
+    model = Halves()
+    reference = Twin.of(teacher_net())
+    fit(quiet_trainer, model, Distils("mse", teacher_net()), max_epochs=1)
+    fit(quiet_trainer, reference, max_epochs=1)
+    assert_close(model, reference)
+
+
+class Manual(Lit):
+    """Two optimizers; the step asks for the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        if "ask" in self.__dict__:
+            loss = loss + self.__dict__["ask"]()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.parameters())
+        return [torch.optim.SGD(part, lr=0.05, momentum=0.9) for part in (parameters[:3], parameters[3:])]
+
+
+def test_in_manual_optimization_the_step_asks_for_the_loss(quiet_trainer: Make) -> None:
+    callback = Distils(ENTRIES, teacher_net())
+    torch.manual_seed(0)
+    model = Manual()
+    model.__dict__["ask"] = callback.distiller.loss
+    fit(quiet_trainer, model, callback, max_epochs=2)
+    reference = ByHand.of(teacher_net())  # one optimizer with all parameters does the same
+    fit(quiet_trainer, reference, max_epochs=2)
+    assert_close(model, reference)
+    with pytest.raises(ConfigError, match=r"In manual optimization training_step adds the loss itself: self\.manual"):
+        fit(quiet_trainer, Manual(), Distils("kl", teacher_net()), max_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at whatever it is given
+@pytest.mark.parametrize("whole", [True, False], ids=["the LightningModule", "the net in it"])
+def test_compiled_modules(whole: bool, quiet_trainer: Make) -> None:
+    torch.compiler.reset()
+
+    class Inside(Lit):
+        def __init__(self) -> None:
+            LightningModule.__init__(self)
+            self.lr, self.optimizer, self.net = 0.05, "sgd", Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.net(x)
+            return out
+
+    torch.manual_seed(0)
+    model: Any = Lit() if whole else Inside()
+    reference = ByHand.of(teacher_net())
+    if not whole:
+        model.net = torch.compile(model.net, backend="eager")
+    prefix = "" if whole else "net."
+    teacher = teacher_net() if whole else Calls(lambda self, x: self.net(x), net=teacher_net())
+    entries = [ENTRIES[0], {**ENTRIES[1], "op_names": [f"{prefix}pool"]}]
+    fitted: Any = torch.compile(model, backend="eager") if whole else model
+    callback = Distils(entries, teacher)
+    fit(quiet_trainer, fitted, callback, max_epochs=2)
+    fit(quiet_trainer, reference, max_epochs=2)
+    assert len(callback.losses) == 8 and all(f"{prefix}pool._output_" in losses for losses in callback.losses)
+    assert_close(model if whole else model.net._orig_mod, reference)
+
+
+# -- the teacher -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_self_is_the_float_model_when_training_begins_also_after_a_resume(tmp_path: Path, quiet_trainer: Make) -> None:
+    """A fresh process has that teacher from the checkpoint, and the run goes on bit for bit; quantized, too, it stays float."""
+    entries = ["kl", {"op_names": ["bn2"], "apply_method": "attention"}]
+
+    def run(epochs: int, seed: int = 0, **options: Any) -> tuple[Lit, Distils]:
+        torch.manual_seed(seed)
+        model, callback = Lit(optimizer="adam"), Distils(entries, "self", config_list=options.pop("config_list", None))
+        keeper = ModelCheckpoint(dirpath=options.pop("folder", tmp_path / "straight"), save_last=True)
+        fit(quiet_trainer, model, callback, keeper, max_epochs=epochs, enable_checkpointing=True, **options)
+        return model, callback
+
+    torch.manual_seed(0)
+    first = Lit().state_dict()
+    model, straight = run(2)
+    run(1, folder=tmp_path / "broken")
+    path = tmp_path / "broken" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)["callbacks"]["Distils"]
+    resumed, again = run(2, seed=1, folder=tmp_path / "resumed", ckpt_path=path)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(resumed).values(), strict=True))
+    assert straight.losses[4:] == again.losses
+    _, quantized = run(1, config_list=[{"op_types": ["Conv2d", "Linear"]}], folder=tmp_path / "quantized")
+    for state in (saved, *(one.distiller.state_dict() for one in (straight, again, quantized))):
+        assert not state["projections"] and set(state["teacher"]) == set(first)
+        assert all(torch.equal(value, first[name]) for name, value in state["teacher"].items())
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_projections_train_and_resume_bit_for_bit(tmp_path: Path, quiet_trainer: Make) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+            self.neck, self.fc = nn.Linear(192, 20), nn.Linear(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(self.neck(self.body(x).flatten(1)))
+            return out
+
+    torch.manual_seed(3)
+    teacher = Wide()
+    entries = [{"op_names": ["pool"], "link": "body"}, {"op_names": ["fc"], "link": "neck", "apply_method": "cosine"}]
+    names = ["pool._output_->body.weight", "pool._output_->body.bias", "fc._output_->neck.weight", "fc._output_->neck.bias"]
+
+    def run(epochs: int, folder: str, seed: int = 0, **options: Any) -> tuple[Lit, Distils, Trainer]:
+        torch.manual_seed(seed)
+        model, callback = Lit(optimizer="adam", lr=0.01), Distils(entries, teacher)
+        keeper = ModelCheckpoint(dirpath=tmp_path / folder, save_last=True)
+        trainer = fit(quiet_trainer, model, callback, keeper, max_epochs=epochs, enable_checkpointing=True, **options)
+        return model, callback, trainer
+
+    model, straight, trainer = run(2, folder="straight")
+    before = begun(entries, Lit(), teacher).learned
+    assert list(straight.distiller.learned) == names
+    assert [tuple(p.shape) for p in straight.distiller.learned.values()] == [(12, 8), (12,), (20, 4), (20,)]
+    assert all(not torch.equal(before[name], p) for name, p in straight.distiller.learned.items())
+    ours = {id(parameter) for parameter in straight.distiller.learned.values()}
+    assert ours <= {id(parameter) for parameter in trainer.optimizers[0].param_groups[0]["params"]}
+    assert not ours & {id(parameter) for parameter in model.parameters()} and len(model.state_dict()) == len(Lit().state_dict())
+    run(1, folder="broken")
+    path = tmp_path / "broken" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert len(content["optimizer_states"][0]["param_groups"][0]["params"]) == len(list(Lit().parameters()))
+    resumed, again, _ = run(2, folder="resumed", seed=5, ckpt_path=path)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(resumed).values(), strict=True))
+    pairs = zip(straight.distiller.learned.values(), again.distiller.learned.values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_projection_learns_the_regression(quiet_trainer: Make) -> None:
+    """FitNets: with the student standing still, what remains is linear regression of the teacher on the student's features."""
+    student, teacher, x = nn.Sequential(nn.Linear(5, 3)), nn.Sequential(nn.Linear(5, 7)), torch.randn(64, 5)
+    distiller = begun([{"op_names": ["0"]}], student, teacher, x)
+    optimizer = torch.optim.LBFGS([*learned_parameters(student).values()], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with distiller.batch():
+            student(x)
+            loss = distiller.loss()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    features = torch.cat([student(x), torch.ones(64, 1)], 1).detach().double()
+    target = teacher(x).detach().double()
+    residual = (features @ torch.linalg.lstsq(features, target).solution - target).square().mean()
+    torch.testing.assert_close(distiller.losses["loss"].double(), residual, rtol=1e-4, atol=1e-7)
+    assert residual > 1e-3
+    distiller.end()
+    assert restore_model(student) is student and learned_parameters(student) == {}
+
+
+def test_what_is_learned_is_no_part_of_the_deployed_copy() -> None:
+    student, teacher = Net(), nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(320, 4))
+    begun([{"op_names": ["conv2"], "link": "0"}], student, teacher)
+    prepare_model(student, make_plan(student, FUSED, example_input=IMAGE))
+    student(torch.randn(8, 3, 8, 8))
+    assert set(learned_parameters(student)) == {"conv2._output_->0.weight", "conv2._output_->0.bias"}
+    deployed = convert_model(student)
+    assert LEARNED not in deployed.__dict__ and learned_parameters(copy.deepcopy(student)) == {}
+    assert all("->" not in name for name in (*deployed.state_dict(), *student.state_dict()))
+
+
+def test_a_teacher_from_a_checkpoint(tmp_path: Path, quiet_trainer: Make) -> None:
+    torch.manual_seed(4)
+    saved = Lit(optimizer="adam")
+    trainer = fit(quiet_trainer, saved, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    torch.manual_seed(0)
+    student = Lit()
+    state = torch.random.get_rng_state()
+    x = torch.randn(4, 3, 8, 8)
+    torch.random.set_rng_state(state)
+    by_path = begun("mse", student, tmp_path / "float.ckpt")
+    by_class = begun("mse", student, {"class_path": "toys.Lit", "ckpt_path": str(tmp_path / "float.ckpt")})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    by_path.begin(student, example=IMAGE)
+    found = added(by_path, student, x)
+    torch.testing.assert_close(found["_output_"], F.mse_loss(copied(student, Net())(x), copied(saved, Net()).eval()(x)))
+    assert by_class.links is not None
+    prepare_model(student, make_plan(student, FUSED, example_input=IMAGE))
+    assert type(begun("mse", student, str(tmp_path / "float.ckpt"))._run.teacher.module) is Lit  # type: ignore[union-attr]
+    for teacher, text in (
+        (tmp_path / "flaot.ckpt", r"there is no checkpoint '.*flaot.ckpt'\. Close: 'float.ckpt'"),
+        ({"class_path": "toys.Litt", "ckpt_path": "a"}, r"\['class_path'\]: 'toys.Litt' cannot be imported"),
+        ({"class_path": "torch.nn.Linear", "ckpt_path": "a"}, "Linear has no load_from_checkpoint; give the teacher as a module"),
+        (
+            {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel", "ckpt_path": str(tmp_path / "float.ckpt")},
+            "teacher: .* cannot be loaded as a BoringModel: RuntimeError",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            begun("mse", Lit(), teacher)
+
+
+def test_the_teacher_may_be_of_another_type_and_on_its_own_flags() -> None:
+    """A float64 teacher of a float32 student; one in a module of the user's that `train()` reaches."""
+    student, teacher, x = Net(), teacher_net().double(), torch.randn(4, 3, 8, 8)
+    own = copied(student, Net())(x)
+    found = added(begun("mse", student, teacher), student, x)
+    torch.testing.assert_close(found["_output_"], F.mse_loss(own, teacher(x.double()).float()))
+    assert teacher.conv1.weight.dtype == torch.float64
+    holder = Lit()
+    holder.teacher = teacher_net().requires_grad_(False)
+    holder.forward = lambda x: Net.forward(holder, x)  # type: ignore[method-assign, arg-type]
+    distiller = begun("mse", holder, holder.teacher)
+    holder.train()
+    before = weights(holder.teacher)
+    own = by_layer(copied(holder_state(holder), Net()), x)["fc"]
+    found = added(distiller, holder, x)
+    assert holder.teacher.training
+    torch.testing.assert_close(found["_output_"], F.mse_loss(own, copied(holder.teacher, Net()).eval()(x)))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(holder.teacher).values(), strict=True))
+
+
+def holder_state(model: nn.Module) -> nn.Module:
+    """The layers of `Net` in a model that has more."""
+    net = Net()
+    net.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("teacher.")})
+    return net
+
+
+def test_the_teacher_computes_once_for_an_input_that_comes_again() -> None:
+    calls = []
+
+    class Counting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+            return super().forward(x)
+
+    student, x = Net(), torch.randn(4, 3, 8, 8)
+    distiller = begun("mse", student, Counting())
+    calls.clear()
+    with distiller.batch():
+        for _ in range(3):
+            student(x)
+        student(x.clone())
+        student(y := torch.randn(4, 3, 8, 8))
+        student(y.add_(1))
+        distiller.loss()
+    assert calls == [False] * 4
+
+
+def test_an_exception_leaves_nothing_behind(quiet_trainer: Make) -> None:
+    class Fails(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            super().training_step(batch, batch_idx)
+            raise RuntimeError("on purpose")
+
+    model, teacher = Fails(), teacher_net()
+    before = fingerprint(teacher)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(quiet_trainer, model, Distils("kl", teacher))
+    assert fingerprint(teacher) == before and "training_step" not in model.__dict__
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    distiller = begun("kl", model, teacher)
+    with pytest.raises(RuntimeError, match="on purpose"), distiller.batch():
+        raise RuntimeError("on purpose")
+    assert not model._forward_hooks
+    step = model.training_step
+    distiller.start()
+    wrapped = model.__dict__["training_step"]
+    assert wrapped is not step and inspect.signature(wrapped) == inspect.signature(step)
+    twin = copy.deepcopy(model)
+    assert twin.__dict__["training_step"].__self__ is twin
+    distiller.end()
+    assert "training_step" not in model.__dict__
