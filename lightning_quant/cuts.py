@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_quant.unit_rules import by_group
-from lightning_quant.units import IN, OUT, Conv, Dim, Flow, Reading
+from lightning_quant.units import IN, OUT, Conv, Dim, Flow, Reading, by_group
 
 
 @dataclass(kw_only=True)
@@ -24,7 +23,8 @@ class Cuts:
     `gone`: bool over a dimension's indices, True where it goes; `convs`: how convolutions read their weights; `biases`: what is
     added to a layer before: name of its weight -> (name of its bias, "" if it has none yet; float64 (O,)); `kept`: why units that
     could have gone stay, by slice (name, dimension, index); `shapes`: of parameters and buffers before; `ranges`: what goes of
-    the ranges of a prepared model, (dimension, bool over its indices) by quantizer.
+    the ranges of a prepared model, (dimension, bool over its indices) by quantizer; `heads`: of
+    attention, bool over its heads, by its name.
     """
 
     gone: dict[tuple[str, Dim], Tensor] = field(default_factory=dict)
@@ -33,6 +33,7 @@ class Cuts:
     kept: dict[tuple[str, Dim, int], str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ranges: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str, values: Tensor) -> Tensor:
         """`values`, which lie as the parameter or buffer `name` does, without what goes."""

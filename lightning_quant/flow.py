@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_quant.record import split_example, undisturbed
 from lightning_quant.targets import tensors_in
-from lightning_quant.unit_rules import Call, rule_of
+from lightning_quant.unit_layers import rule_of
+from lightning_quant.unit_rules import Call
 from lightning_quant.units import Flow, Shadow, fixed
 
 

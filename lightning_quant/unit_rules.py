@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.targets import on_tensors, tensors_in
-from lightning_quant.units import IN, OUT, Conv, Flow, Reading, Shadow, coordinate, fixed, squeezed
+from lightning_quant.units import Flow, Shadow, coordinate, fixed, squeezed
 
 
 @dataclass(kw_only=True)
@@ -71,17 +71,8 @@ def name_of(func: Any) -> str:
     return str(func._schema.name).partition("::")[2]
 
 
-def rule_of(func: Any) -> Rule:
-    """The rule of an operator."""
-    name = name_of(func)
-    if name in _RULES:
-        return _RULES[name]
-    if func.is_view:
-        return _moved
-    return _pointwise if torch.Tag.pointwise in func.tags else _unknown
-
-
-def _unknown(call: Call, why: str = "") -> list[Shadow]:
+def unknown(call: Call, why: str = "") -> list[Shadow]:
+    """An operator without a rule: all that it reads stays."""
     for tensor in call.read:
         call.flow.pin(call.raw(tensor), why or f"{call.reader} reads it")
     random = torch.Tag.nondeterministic_seeded in call.func.tags
@@ -92,11 +83,11 @@ def _unknown(call: Call, why: str = "") -> list[Shadow]:
 # -- values move ------------------------------------------------------------------------------------------------------
 
 
-def _moved(call: Call) -> list[Shadow]:
+def moved(call: Call) -> list[Shadow]:
     """The operator itself moves units."""
     data = [tensor for tensor in call.read if tensor.is_floating_point() or len(call.read) == 1]
     if not data or any(bool(call.raw(tensor).live.any()) for tensor in call.read if not any(tensor is one for one in data)):
-        return _unknown(call)  # indices that depend on the input
+        return unknown(call)  # indices that depend on the input
     if len(data) == 1 and call.raw(data[0]).stored:
         known = call.raw(data[0])
         assert known.index is not None
@@ -118,50 +109,52 @@ def _run(call: Call, instead: Mapping[int, Tensor]) -> list[Tensor]:
     return list(tensors_in(call.func(*args, **kwargs)))
 
 
-def _same(call: Call) -> list[Shadow]:
-    """A copy, perhaps of another dtype; or zeros and the like in its shape."""
+def same(call: Call) -> list[Shadow]:
+    """A copy, perhaps of another dtype."""
     return [call.raw(call.read[0])]
 
 
-def _alike(call: Call) -> list[Shadow]:
+def alike(call: Call) -> list[Shadow]:
+    """Zeros and the like, in the shape of a tensor."""
     known = call.of(call.read[0])
     random = torch.Tag.nondeterministic_seeded in call.func.tags
     return [Shadow(known.units, torch.full((1,) * known.units.dim(), random))]
 
 
-def _written(call: Call) -> list[Shadow]:
+def written(call: Call) -> list[Shadow]:
     """`copy_`: what stood there is gone."""
     target, source = call.of(call.read[0]), call.of(call.read[1])
-    units = _met(call, [target, source], [call.read[0].shape, call.read[1].shape])
-    return [Shadow(units, _padded(source.live, units.dim()))]
+    units = met_units(call, [target, source], [call.read[0].shape, call.read[1].shape])
+    return [Shadow(units, padded(source.live, units.dim()))]
 
 
-def _spatial(call: Call) -> list[Shadow]:
+def spatial(call: Call) -> list[Shadow]:
     """Pools, pads and interpolation: each channel by itself."""
     known, count = call.of(call.read[0]), int(next(filter(str.isdigit, call.name)))
-    return _over(call, known, range(-count, 0), keep=True)
+    return over(call, known, range(-count, 0), keep=True)
 
 
-def _padding(call: Call) -> list[Shadow]:
+def zero_padding(call: Call) -> list[Shadow]:
     """Zeros around the values: each channel by itself, unless there are channels of zeros then."""
     known, pad = call.of(call.read[0]), call.argument(1)
     dims = [-1 - number // 2 for number, width in enumerate(pad) if width]
     if all(known.units.shape[dim] == 1 for dim in dims):
         return [known]
-    return _moved(call)
+    return moved(call)
 
 
 # -- values meet ------------------------------------------------------------------------------------------------------
 
 
-def _padded(values: Tensor, dims: int) -> Tensor:
+def padded(values: Tensor, dims: int) -> Tensor:
+    """`values` with dimensions of 1 in front."""
     return values.reshape((1,) * (dims - values.dim()) + tuple(values.shape))
 
 
-def _met(call: Call, shadows: Sequence[Shadow], shapes: Sequence[Sequence[int]]) -> Tensor:
+def met_units(call: Call, shadows: Sequence[Shadow], shapes: Sequence[Sequence[int]]) -> Tensor:
     """The units of elements that several tensors of these shapes make together, by broadcasting; none of them stored."""
     flow, dims = call.flow, max(map(len, shapes))
-    units = [_padded(flow.units.roots(shadow.units), dims) for shadow in shadows]
+    units = [padded(flow.units.roots(shadow.units), dims) for shadow in shadows]
     sizes = [(1,) * (dims - len(shape)) + tuple(shape) for shape in shapes]
     why = f"{call.reader} has it meet a tensor whose channels are not known"
     met = torch.zeros((1,) * dims, dtype=torch.int64)
@@ -177,7 +170,7 @@ def _met(call: Call, shadows: Sequence[Shadow], shapes: Sequence[Sequence[int]])
     return squeezed(flow.units.roots(met))
 
 
-def _pointwise(call: Call) -> list[Shadow]:
+def pointwise(call: Call) -> list[Shadow]:
     """Arithmetic: what meets is one unit."""
     tensors = [tensor for tensor in call.read if tensor.numel() > 1 or tensor.dim()] or list(call.read)
     if not tensors:
@@ -186,9 +179,9 @@ def _pointwise(call: Call) -> list[Shadow]:
         return [call.raw(tensors[0])]
     shadows = [call.raw(tensor) for tensor in tensors]
     active = [(known, tensor.shape) for known, tensor in zip(shadows, tensors, strict=True) if not known.stored]
-    shown = _met(call, [known for known, _ in active], [shape for _, shape in active]) if active else None
+    shown = met_units(call, [known for known, _ in active], [shape for _, shape in active]) if active else None
     full = [known if not known.stored else _aligned(call, known, shown) for known in shadows]
-    units = _met(call, full, [tensor.shape for tensor in tensors])
+    units = met_units(call, full, [tensor.shape for tensor in tensors])
     live = torch.zeros((), dtype=torch.bool)
     for tensor in call.read:
         live = live | call.raw(tensor).live
@@ -196,7 +189,7 @@ def _pointwise(call: Call) -> list[Shadow]:
         for tensor in call.read:
             zero = (call.value(tensor) == 0) & ~call.raw(tensor).live
             live = live & ~zero
-    return [Shadow(units, squeezed(_padded(live, call.output.dim())))]
+    return [Shadow(units, squeezed(padded(live, call.output.dim())))]
 
 
 def _aligned(call: Call, known: Shadow, shown: Tensor | None) -> Shadow:
@@ -206,8 +199,8 @@ def _aligned(call: Call, known: Shadow, shown: Tensor | None) -> Shadow:
     shape = flow.shapes[known.stored]
     long = [dim for dim, size in enumerate(shape) if size > 1]
     if len(long) > 1 and shown is not None and bool(shown.any()):
-        index = _padded(known.index, max(shown.dim(), known.index.dim()))
-        wide, index = torch.broadcast_tensors(_padded(shown, index.dim()), index)
+        index = padded(known.index, max(shown.dim(), known.index.dim()))
+        wide, index = torch.broadcast_tensors(padded(shown, index.dim()), index)
         for dim in long:
             place = coordinate(index, shape, dim)
             pairs = torch.unique(torch.stack([place.flatten(), wide.flatten()], 1), dim=0)
@@ -217,14 +210,14 @@ def _aligned(call: Call, known: Shadow, shown: Tensor | None) -> Shadow:
     return flow.lifted(known)
 
 
-def _gated(call: Call) -> list[Shadow]:
+def gated(call: Call) -> list[Shadow]:
     """`glu`: one half times the sigmoid of the other."""
     x, dim = call.read[0], int(call.argument(1, "dim", -1))
     known, half = call.of(x), x.shape[dim] // 2
     sides = [squeezed(known.units.expand(x.shape).narrow(dim, start, half)) for start in (0, half)]
     lives = [known.live.expand(x.shape).narrow(dim, start, half) for start in (0, half)]
     size = list(call.output.shape)
-    units = _met(call, [Shadow(sides[0], lives[0]), Shadow(sides[1], lives[1])], [size, size])
+    units = met_units(call, [Shadow(sides[0], lives[0]), Shadow(sides[1], lives[1])], [size, size])
     zero = (x.narrow(dim, 0, half) == 0) & ~lives[0]
     return [Shadow(units, squeezed((lives[0] | lives[1]) & ~zero))]
 
@@ -232,295 +225,37 @@ def _gated(call: Call) -> list[Shadow]:
 # -- values are summed ------------------------------------------------------------------------------------------------
 
 
-def _over(call: Call, known: Shadow, dims: Sequence[int] | range, *, keep: bool) -> list[Shadow]:
-    """A result over whole dimensions: units that differ along them stay."""
+def over(call: Call, known: Shadow, dims: Sequence[int] | range, *, keep: bool) -> list[Shadow]:
+    """A result over whole dimensions: what goes into one of its elements goes together, or stays where that is everything."""
     units, live = known.units, known.live
-    for dim in dims:
+    along = [dim % max(units.dim(), 1) for dim in dims]
+    beside = any(size > 1 for dim, size in enumerate(units.shape) if dim not in along)
+    for dim in along:
         if units.shape[dim] > 1:
-            call.flow.units.pin(units, f"{call.reader} goes over all channels")
-            units = units.narrow(dim, 0, 1)
+            why = f"{call.reader} goes over all channels"
+            if beside:
+                call.flow.units.join(units, units.narrow(dim, 0, 1), why)
+            else:
+                call.flow.units.pin(units, why)
+            units = call.flow.units.roots(units.narrow(dim, 0, 1)) if beside else torch.zeros_like(units.narrow(dim, 0, 1))
         live = live.any(dim, keepdim=True)
-    if bool((call.flow.units.roots(units) != 0).any()) and any(known.units.shape[dim] > 1 for dim in dims):
-        units = torch.zeros_like(units)
     if not keep:
-        gone = sorted(dim % max(units.dim(), 1) for dim in dims)
-        shape = [size for dim, size in enumerate(units.shape) if dim not in gone]
-        live_shape = [size for dim, size in enumerate(live.shape) if dim not in gone]
-        units, live = units.reshape(shape), live.reshape(live_shape)
+        units, live = (one.reshape([size for dim, size in enumerate(one.shape) if dim not in along]) for one in (units, live))
     return [Shadow(units, live)]
 
 
-def _reduced(call: Call) -> list[Shadow]:
+def reduced(call: Call) -> list[Shadow]:
+    """Means, sums and the like over dimensions."""
     x = call.read[0]
     known, dims = call.of(x), call.argument(1, "dim")
     if isinstance(dims, Tensor):  # the greater of two
-        return _pointwise(call)
+        return pointwise(call)
     dims = [dims] if isinstance(dims, int) else dims if isinstance(dims, list | tuple) and dims else list(range(x.dim()))
     if call.name in ("sum", "nansum"):  # how many are added may change with the input's size
         known = Shadow(known.units, squeezed(known.live | (x != 0)))
-    return _over(call, known, dims, keep=call.output.dim() == x.dim())
+    return over(call, known, dims, keep=call.output.dim() == x.dim())
 
 
-def _softmax(call: Call) -> list[Shadow]:
-    return _over(call, call.of(call.read[0]), [call.argument(1)], keep=True)
-
-
-def _by_channel(call: Call, tensors: Sequence[Tensor | None], x: Tensor, channel: int) -> Tensor:
-    """The units of x, made one for each index of its dimension `channel`, with those of vectors of that length: to broadcast."""
-    flow, count = call.flow, x.shape[channel]
-    flat = call.of(x).units.movedim(channel, 0).flatten(1)
-    first, why = flat[:, 0].expand(count), f"{call.reader} reads channels of which some are not known"
-    flow.units.join(flat, first.view(-1, 1), why)
-    for tensor in tensors:
-        if tensor is not None:
-            flow.units.join(first, _vector(call, tensor), why)
-    return flow.units.roots(first).view([count if dim == channel else 1 for dim in range(x.dim())])
-
-
-def _vector(call: Call, tensor: Tensor) -> Tensor:
-    """The units of a vector."""
-    return call.of(tensor).units.flatten()
-
-
-def _batch_norm(call: Call) -> list[Shadow]:
-    x, weight, bias, mean, variance = call.args[:5]
-    training = bool(call.args[5]) if call.name == "native_batch_norm" else False
-    units = _by_channel(call, [weight, bias, mean, variance], x, 1)
-    live = call.of(x).live
-    if training:  # an instance norm
-        live = live.any(0, keepdim=True)
-        for dim in range(2, live.dim()):
-            live = live.any(dim, keepdim=True)
-    if weight is not None:
-        live = live & (weight != 0).view(1, -1, *[1] * (x.dim() - 2))
-    return [Shadow(squeezed(units), squeezed(live)), fixed(1, live=True)]
-
-
-def _layer_norm(call: Call) -> list[Shadow]:
-    x, shape = call.args[:2]
-    for tensor in call.read[1:]:
-        call.flow.pin(call.raw(tensor), f"{call.where} takes mean and variance over all channels")
-    dims = range(-len(shape), 0)
-    known = call.of(x)
-    if any(known.units.shape[dim] > 1 for dim in dims):
-        call.flow.units.pin(known.units, f"{call.where} takes mean and variance over all channels, masked ones included")
-    live = _over(call, Shadow(torch.zeros_like(known.units), known.live), dims, keep=True)[0].live
-    weight = call.args[2]
-    if weight is not None:
-        live = live & (weight != 0)
-    return [Shadow(known.units, squeezed(live)), fixed(x.dim(), live=True)]
-
-
-def _group_norm(call: Call) -> list[Shadow]:
-    x, weight, bias, _, channels, _, groups = call.args[:7]
-    units = _by_channel(call, [weight, bias], x, 1)
-    together = units.expand(1, channels, *units.shape[2:]).reshape(groups, -1)
-    call.flow.units.join(together, together[:, :1], f"{call.where} takes mean and variance over a group that stays")
-    known = call.of(x)
-    live = known.live.movedim(1, 0).flatten(1).any(1).expand(channels).view(groups, -1).any(1, keepdim=True)
-    live = live.expand(groups, channels // groups).reshape(1, channels, *[1] * (x.dim() - 2))
-    if weight is not None:
-        live = live & (weight != 0).view(1, channels, *[1] * (x.dim() - 2))
-    return [Shadow(squeezed(call.flow.units.roots(units)), squeezed(live)), fixed(2, live=True)]
-
-
-# -- layers with weights ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Input:
-    """What a weighted layer reads: `x` and `live` of shape (I, all positions), `units` (I,)."""
-
-    x: Tensor
-    live: Tensor
-    units: Tensor
-
-
-def _reading(call: Call, given: _Input, weight: str, bias: str | None, columns: Tensor, unread: Tensor, borders: str) -> Reading:
-    """What cutting channels out of a layer's input does; `unread`: (I,), its column is all zeros.
-
-    `borders`: why a channel that is constant is none for this layer; "" if it is.
-    """
-    low, high = given.x.amin(1), given.x.amax(1)
-    live = given.live.any(1).expand(len(low))
-    values, kept = torch.zeros(len(low), dtype=torch.float64), {}
-    for channel in (~unread).nonzero().flatten().tolist():
-        value, most = float(low[channel]), float(high[channel])
-        if live[channel]:
-            kept[channel] = f"{call.where} reads it, and it is not constant: what makes it is not masked altogether"
-        elif most - value > 1e-9 * max(abs(value), abs(most), 1e-3):
-            kept[channel] = f"{call.where} reads it, and it is not the same constant everywhere"
-        elif value and (borders or bias is None):
-            kept[channel] = f"{call.where} reads it, a constant {value:.4g}, {borders or 'and has no bias of its own for it'}"
-        else:
-            values[channel] = value
-    return Reading(where=call.where, weight=weight, bias=bias, units=given.units, values=values, columns=columns, kept=kept)
-
-
-def _whole(call: Call, tensor: Tensor | None) -> str | None:
-    """The name of the parameter or buffer that `tensor` is, untouched; "" for None, None if it is none."""
-    if tensor is None:
-        return ""
-    known = call.raw(tensor)
-    same = known.index is not None and call.flow.shapes[known.stored] == tuple(tensor.shape)
-    return known.stored if same and known.index is not None and bool((known.index.flatten().diff() == 1).all()) else None
-
-
-def _convolution(call: Call) -> list[Shadow]:
-    x, weight, bias, _, padding, _, transposed, _, groups = call.args[:9]
-    flow, name = call.flow, _whole(call, weight)
-    if not name:
-        return _unknown(call, f"{call.where} reads it, whose weight is computed from others")
-    rows, columns = weight.shape[0], weight.shape[1] * groups
-    conv = Conv(transposed=transposed, groups=groups, outputs=columns, inputs=rows)
-    conv = conv if transposed else Conv(transposed=False, groups=groups, outputs=rows, inputs=columns)
-    if flow.convs.setdefault(name, conv) != conv:
-        return _unknown(call)
-    made, read = flow.units.of(name, OUT, conv.outputs), flow.units.of(name, IN, conv.inputs)
-    units = _by_channel(call, [], x, 1)
-    flow.units.join(units.flatten(), read, f"{call.where} reads a tensor whose channels are not known")
-    if bias is not None:
-        flow.units.join(made, _vector(call, bias), f"{call.where} has a bias that is computed")
-    parts = by_group(weight.double(), conv).flatten(3)
-    weighs = torch.block_diag(*parts.abs().sum(-1))  # (outputs, inputs)
-    live = call.of(x).live.movedim(1, 0).flatten(1)
-    if groups == conv.inputs > 1:  # depthwise: a channel is made of one, and goes with it
-        flow.units.join(made.view(groups, -1), read.view(groups, 1), f"{call.where} has one channel only")
-    else:
-        borders = "and pads it with zeros" if any(padding) else "and is transposed: borders see less of it" if transposed else ""
-        given = _Input(x=x.movedim(1, 0).flatten(1), live=live, units=read)
-        sums, unread = torch.block_diag(*parts.sum(-1)), (weighs == 0).all(0)
-        flow.readings.append(_reading(call, given, name, _whole(call, bias), sums, unread, borders))
-    shape = [1, conv.outputs, *[1] * (x.dim() - 2)]
-    alive = ((weighs != 0) & live.any(1)).any(1)
-    return [Shadow(squeezed(made.view(shape)), squeezed(alive.view(shape)))]
-
-
-def by_group(weight: Tensor, conv: Conv) -> Tensor:
-    """A convolution's weight as (groups, outputs of a group, inputs of a group, ...)."""
-    parts = weight.reshape(conv.groups, weight.shape[0] // conv.groups, *weight.shape[1:])
-    return parts.transpose(1, 2) if conv.transposed else parts
-
-
-def _matrix(call: Call) -> list[Shadow]:
-    """`addmm`, `mm`: a linear layer, where the second factor is a parameter's matrix."""
-    bias, x, weight = call.args[:3] if call.name == "addmm" else (None, *call.args[:2])
-    axes = _axes(call, call.raw(weight))
-    if axes is None or call.raw(x).stored:
-        return _product(call) if bias is None else _unknown(call, f"{call.where} reads it, whose weight is computed from others")
-    (name, column, ins), (_, row, outs) = axes
-    flow, shape = call.flow, call.flow.shapes[name]
-    made, read = flow.units.of(name, row, shape[row])[outs], flow.units.of(name, column, shape[column])[ins]
-    if bias is not None:
-        flow.units.join(made, _vector(call, bias), f"{call.where} has a bias that is computed")
-    known, why = call.of(x), f"{call.where} reads a tensor whose channels are not known"
-    live = known.live.transpose(0, 1)
-    alive = squeezed(((weight != 0).transpose(0, 1) & live.any(1)).any(1).view(1, -1))
-    rows = flow.units.free(known.units)
-    if known.units.shape[1] == 1 and bool(rows.any()):  # units go along the rows: positions are mixed, in each channel alike
-        flow.units.pin(read, why)
-        flow.units.pin(made, f"{call.where} mixes positions")
-        return [Shadow(known.units, alive)]
-    flow.units.join(rows, read.view(1, -1), why)
-    columns = weight.transpose(0, 1).double()
-    whole = _whole(call, bias) if tuple(weight.shape) == shape[::-1] else None
-    given = _Input(x=x.transpose(0, 1), live=live, units=read)
-    flow.readings.append(_reading(call, given, name, whole, columns, (columns == 0).all(0), ""))
-    return [Shadow(squeezed(made.view(1, -1)), alive)]
-
-
-def _axes(call: Call, known: Shadow) -> list[tuple[str, int, Tensor]] | None:
-    """For both axes of a matrix of a stored tensor: (name, the dimension of it, the indices along that); None if it is none."""
-    if not known.stored or known.index is None or known.index.dim() != 2:
-        return None
-    shape, found = call.flow.shapes[known.stored], []
-    for axis in (0, 1):
-        places = [coordinate(known.index, shape, dim) for dim in range(len(shape))]
-        index = [one.select(1 - axis, 0) for one in places]
-        fits = [
-            dim
-            for dim, one in enumerate(places)
-            if bool((one == one.narrow(1 - axis, 0, 1)).all()) and len(torch.unique(index[dim])) == known.index.shape[axis]
-        ]
-        fits = fits[:1] if known.index.shape[axis] == 1 else fits
-        if len(fits) != 1:
-            return None
-        found.append((known.stored, fits[0], index[fits[0]]))
-    return found
-
-
-def _product(call: Call) -> list[Shadow]:
-    """A matrix product of activations: what it sums over stays; rows, columns and the dimensions before move."""
-    first, second = call.args[:2]
-    a, b = call.of(first), call.of(second)
-    why = f"{call.reader} sums over it"
-    if first.dim() < 2 or second.dim() < 2:
-        return _unknown(call)
-    for known, dim in ((a, -1), (b, -2)):
-        if known.units.shape[dim] > 1:
-            call.flow.units.pin(known.units, why)
-    sides = [Shadow(a.units[..., :1], a.live), Shadow(b.units[..., :1, :], b.live)]
-    shapes = [[*first.shape[:-1], 1], [*second.shape[:-2], 1, second.shape[-1]]]
-    units = _met(call, sides, shapes)
-    left, right = (known.live.expand(one.shape).double() for known, one in ((a, first), (b, second)))
-    most = [
-        torch.maximum(one.abs().nan_to_num(1.0, 1.0), live) for one, live in ((first.double(), left), (second.double(), right))
-    ]
-    live = (left @ most[1] > 0) | (most[0] @ right > 0)
-    live = live | (call.output != 0) if bool(units.any()) else live  # a sum over as many as the input has
-    return [Shadow(units, squeezed(live))]
-
-
-def _embedding(call: Call) -> list[Shadow]:
-    table = call.args[0]
-    axes = _axes(call, call.raw(table))
-    if axes is None:
-        return _unknown(call)
-    name, dim, index = axes[1]
-    dims = call.output.dim()
-    units = call.flow.units.of(name, dim, call.flow.shapes[name][dim])[index]
-    return [Shadow(squeezed(_padded(units, dims)), squeezed(_padded((table != 0).any(0), dims)))]
-
-
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
-_RULES: dict[str, Rule] = {
-    "convolution": _convolution,
-    "addmm": _matrix,
-    "mm": _matrix,
-    "bmm": _product,
-    "embedding": _embedding,
-    "native_batch_norm": _batch_norm,
-    "_native_batch_norm_legit_no_training": _batch_norm,
-    "native_layer_norm": _layer_norm,
-    "native_group_norm": _group_norm,
-    "constant_pad_nd": _padding,
-    "copy_": _written,
-    "glu": _gated,
-    "as_strided": _unknown,
-    **dict.fromkeys(_names("_softmax _log_softmax"), _softmax),
-    **dict.fromkeys(_names("mean sum nansum amax amin max min var std argmax argmin prod any all"), _reduced),
-    **dict.fromkeys(_names("clone _to_copy detach alias lift_fresh"), _same),
-    **dict.fromkeys(_names("zeros_like ones_like full_like empty_like rand_like randn_like fill_ zero_"), _alike),
-    **dict.fromkeys(_names("hardswish hardswish_ _prelu_kernel rsub log_sigmoid_forward native_dropout"), _pointwise),
-    **dict.fromkeys(
-        _names(
-            "cat stack repeat roll flip index_select index gather pixel_shuffle pixel_unshuffle channel_shuffle "
-            "native_channel_shuffle unsafe_split unsafe_chunk unsafe_split_with_sizes _unsafe_view slice_scatter select_scatter "
-            "view_copy expand_copy repeat_interleave"
-        ),
-        _moved,
-    ),
-    **dict.fromkeys(
-        _names(
-            "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-            "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
-            "upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d upsample_linear1d "
-            "_upsample_nearest_exact1d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d reflection_pad3d "
-            "replication_pad1d replication_pad2d replication_pad3d"
-        ),
-        _spatial,
-    ),
-}
+def softmax(call: Call) -> list[Shadow]:
+    """Each element depends on all along a dimension."""
+    return over(call, call.of(call.read[0]), [call.argument(1)], keep=True)

@@ -203,3 +203,9 @@ def squeezed(values: Tensor) -> Tensor:
 def coordinate(index: Tensor, shape: Sequence[int], dim: int) -> Tensor:
     """Where flat indices into a tensor of `shape` lie along a dimension."""
     return index // math.prod(shape[dim + 1 :]) % shape[dim]
+
+
+def by_group(weight: Tensor, conv: Conv) -> Tensor:
+    """A convolution's weight as (groups, outputs of a group, inputs of a group, ...)."""
+    parts = weight.reshape(conv.groups, weight.shape[0] // conv.groups, *weight.shape[1:])
+    return parts.transpose(1, 2) if conv.transposed else parts
