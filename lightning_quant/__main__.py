@@ -30,9 +30,8 @@ from lightning_quant.callback import QuantFusionCallback
 from lightning_quant.checkpoints import saves_alone
 from lightning_quant.config import ConfigError, closest
 from lightning_quant.convert import copy_of
-from lightning_quant.delivery import converted, unfinished, with_config
+from lightning_quant.delivery import with_config
 from lightning_quant.export import Profile, export_options, export_with_reports
-from lightning_quant.layers import Plan
 from lightning_quant.parity import ParityError
 from lightning_quant.report import summarize
 from lightning_quant.targets import uncompiled_name
@@ -45,9 +44,14 @@ class QuantTrainer(Trainer):
 
     def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Shows what the config would do to the model: nothing is trained, changed or written."""
-        plans: list[Plan] = []
-        self._begin_fit(lambda callback: plans.append(callback._make_plan(self, model)), model, datamodule)
-        sys.stdout.write(f"{plans[0]}\n")
+        found: list[QuantFusionCallback] = []
+
+        def make(callback: QuantFusionCallback) -> None:
+            callback.plan = callback._make_plan(self, model)
+            found.append(callback)
+
+        self._begin_fit(make, model, datamodule)
+        sys.stdout.write(f"{found[0].whole_plan()}\n")
 
     def export(
         self,
@@ -91,12 +95,12 @@ class QuantTrainer(Trainer):
         }
         export_options({path.suffix: options})
         callback = self._attach(model, datamodule, checkpoint)
-        if (why := unfinished(model, callback._phase, callback._layers, callback.schedule)) is not None:
+        if (why := callback._unfinished(model)) is not None:
             raise ConfigError(f"ckpt_path: {why}, so there is nothing to export.")
         entry, example = callback._entry, callback._example
         if example is None:
             raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
-        deployed = converted(copy_of(model), entry, example).get_submodule(uncompiled_name(entry))
+        deployed = callback._converted(callback._smaller(copy_of(model))).get_submodule(uncompiled_name(entry))
         with _writing("output", path):
             asked = with_config(path.suffix, options, callback.config_list)
             exported = export_with_reports(deployed, path, example_input=example, **asked)

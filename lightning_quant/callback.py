@@ -29,10 +29,10 @@ from lightning_quant.checkpoints import (
     without_learned,
 )
 from lightning_quant.company import ParameterGroups, check_precision, clock_of, stand_before_finetuning
+from lightning_quant.compression import Compresses, checked_lists
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
 from lightning_quant.delivery import converted, unfinished, write_files
-from lightning_quant.evaluation import EvaluatesAsShipped
 from lightning_quant.export import Exported, export_options
 from lightning_quant.layers import Plan
 from lightning_quant.logs import Logs
@@ -48,7 +48,6 @@ from lightning_quant.prepare import (
     prepare_model,
     prepared_groups,
     quantizer_state,
-    restore_model,
     rounds_all,
     take_from_optimizers,
 )
@@ -61,7 +60,7 @@ from lightning_quant.targets import uncompiled_name
 _FLOAT = Phase(observe=False, quantize=False)
 
 
-class QuantFusionCallback(EvaluatesAsShipped):
+class QuantFusionCallback(Compresses):
     r"""Trains a quantized, fused model out of any LightningModule and converts it to int8 at the end of fit.
 
     In `on_fit_start` the callback records one forward, makes a plan (printed once) and attaches it: the selected modules and
@@ -129,8 +128,11 @@ class QuantFusionCallback(EvaluatesAsShipped):
 
     def __init__(
         self,
-        config_list: Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | ConfigFile | os.PathLike[str] | str,
+        config_list: Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | ConfigFile | os.PathLike[str] | str | None = None,
         *,
+        pruning: Sequence[Mapping[str, Any]] | Mapping[str, Any] | os.PathLike[str] | str | None = None,
+        distillation: Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | os.PathLike[str] | str | None = None,
+        teacher: nn.Module | Mapping[str, Any] | os.PathLike[str] | str | None = None,
         settings: Mapping[str, Any] | ConfigFile | os.PathLike[str] | str | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
         calibration: Calibration | Mapping[str, Any] | int | None = None,
@@ -144,10 +146,12 @@ class QuantFusionCallback(EvaluatesAsShipped):
         log_every_n_steps: int | None = None,
         verbose: int = 1,
     ) -> None:
-        super().__init__()
-        self.config_list = read_config(config_list, presets=PRESETS)
+        checked_lists(config_list, pruning, distillation, teacher)
+        super().__init__(pruning, distillation, teacher)
+        self.config_list = None if config_list is None else read_config(config_list, presets=PRESETS)
         self.settings = None if settings is None else read_config(settings, presets=(), name="settings")
-        parse_rules(self.config_list)
+        if self.config_list is not None:
+            parse_rules(self.config_list)
         parse_settings(self.settings)
         if source not in ("best", "last"):
             raise ConfigError(f"source: {source!r} is not one of best, last.")
@@ -173,7 +177,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         super().setup(trainer, pl_module, stage)
         check_precision(trainer)
         stand_before_finetuning(trainer, self)
-        self._module = pl_module if self._module is pl_module and prepared_groups(pl_module) else None
+        self._module = pl_module if self._module is pl_module and self._is_attached(pl_module) else None
         self._pending, self._late = None, False
         self.load_state_dict(self._left_for(trainer, pl_module, stage))
         self._restored = False  # that was no checkpoint's
@@ -186,19 +190,23 @@ class QuantFusionCallback(EvaluatesAsShipped):
             self._begin_fit(trainer, pl_module)
         SavesWithWeights(pl_module, self.state_key, self.state_dict)
         if self.verbose:
-            rank_zero_info(f"{type(self).__name__}: the plan\n{self.plan}")
+            rank_zero_info(f"{type(self).__name__}: the plan\n{self.whole_plan()}")
+
+    def _is_attached(self, pl_module: nn.Module) -> bool:
+        """Whether the model is as a fit of this callback left it."""
+        return bool(prepared_groups(pl_module)) or (self.config_list is None and self._module is pl_module)
 
     def _begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._relink(pl_module)
-        own = self._state(pl_module) if prepared_groups(pl_module) else None
+        own = self._state(pl_module) if self._is_attached(pl_module) else None
         before, self._told = self.plan, False
         take_from_optimizers(pl_module, trainer.optimizers)  # of the fit before, if the user keeps one optimizer for both
-        restore_model(pl_module)
+        self._restore(pl_module)
         try:
             self._attach(trainer, pl_module, own)
         except BaseException:
             take_from_optimizers(pl_module, trainer.optimizers)
-            restore_model(pl_module)
+            self._restore(pl_module)
             if before is not None and own is not None:
                 self.plan = before
                 self._prepare(pl_module, before)
@@ -208,7 +216,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
         self.plan = plan = together(lambda: self._make_plan(trainer, pl_module))
-        self.deployed_model, self.exported = None, ()
+        self.deployed_model, self.exported, self.shrunk = None, (), None
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         state = self._pending or own
@@ -216,6 +224,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         calls = gather() if anew else []
         if anew:
             equalized(self.calibration, entry, self._example, verbose=self.verbose)
+        self._attach_teacher(pl_module)
         self._prepare(pl_module, plan)
         if state is own is not None and own["decisions"] != decisions(pl_module):
             rank_zero_info(f"{type(self).__name__}: this config_list is not that of the fit before; ranges begin anew")
@@ -225,6 +234,8 @@ class QuantFusionCallback(EvaluatesAsShipped):
             self._set_phase(pl_module, _FLOAT)
             if state is not None:
                 load_quantizer_state(pl_module, state["quantizers"])
+            if not trains(trainer):
+                self._mask_untrained()
             if calibrated(self.calibration, entry, calls, verbose=self.verbose) and not trains(trainer):
                 self._set_phase(pl_module, Phase(observe=False))
         elif state is not None:
@@ -238,9 +249,11 @@ class QuantFusionCallback(EvaluatesAsShipped):
 
     def _log_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         given = {"config_list": self.config_list, "settings": self.settings, "schedule": dict(vars(self.schedule))}
+        given |= self._asked()
         self.logs.settings(trainer, pl_module, given)
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
+        self._attach_masks(pl_module)
         prepare_model(pl_module, plan, memory=self.memory, simulate_bias=self.simulate_bias)
 
     def _make_plan(
@@ -249,7 +262,10 @@ class QuantFusionCallback(EvaluatesAsShipped):
         seen = recorded(trainer, pl_module, self.root, self.example_input, stage, before)
         self._entry, self._example, why = seen.entry, seen.example, seen.why or "no example input was found"
         options: dict[str, Any] = {"settings": self.settings, "root": self.root, "no_graph_because": why}
-        plan = plan_from_graph(pl_module, self.config_list, seen.graph, **options)
+        plan = (
+            Plan(layers=()) if self.config_list is None else plan_from_graph(pl_module, self.config_list, seen.graph, **options)
+        )
+        self._plan_masks(pl_module, seen.graph)
         if self._example is not None and self._entry != (self.root or ""):
             note = f"recorded from {self._entry!r}, the first module that training_step calls; else give example_input"
             if plan.notes:
@@ -265,7 +281,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         restore_place(trainer)
         give_to_optimizers(pl_module, trainer.optimizers)
         self._log_settings(trainer, pl_module)
-        if self.schedule.needs_total_steps:
+        if self.schedule.needs_total_steps or (self.pruning is not None and self.pruning.pace.needs_total_steps):
             steps = trainer.estimated_stepping_batches
             self._total_steps = math.inf if steps in (-1, math.inf) else float(steps)
             if math.isinf(self._total_steps):
@@ -290,6 +306,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         if now != before:
             self.logs.change(trainer, before, now, len(self.plan.layers), verbose=self.verbose)
             self._set_phase(pl_module, phase, layers)
+        self._begin_compressed_batch(trainer, clock)
         self.logs.begin_step(trainer, pl_module)
 
     @override
@@ -299,7 +316,8 @@ class QuantFusionCallback(EvaluatesAsShipped):
         """Merge ranges over processes; log what was measured in this step, once its last batch is through."""
         if self._ranks is not None and self._phase.observe:
             self._ranks.end_batch()
-        self.logs.end_step(trainer, pl_module, self._phase, self._layers)
+        self._end_compressed_batch()
+        self.logs.end_step(trainer, pl_module, self._phase, self._layers, self._compression_numbers)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -327,10 +345,11 @@ class QuantFusionCallback(EvaluatesAsShipped):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
         saves_alone(pl_module)
+        self._end_teaching()
         self._leave_ranks()  # of a fit that trained nothing
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
         self._relink(pl_module)
-        if (why := unfinished(pl_module, self._phase, self._layers, self.schedule)) is not None:
+        if (why := self._unfinished(pl_module)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
         else:
             best = self.source == "best" and trains(trainer)
@@ -353,15 +372,27 @@ class QuantFusionCallback(EvaluatesAsShipped):
             twin.on_load_checkpoint(origin[1])  # what the module's own hooks do to checkpoints
             load_weights(twin, origin[1]["state_dict"], strict=pl_module.strict_loading)
             load_quantizer_state(twin, origin[1]["callbacks"][self.state_key]["quantizers"])
-        self.deployed_model = deployed = converted(twin, self._entry, self._example)
+        small = self._smaller(twin)
+        self.deployed_model = deployed = self._converted(small)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
-            written, prepared = deployed.get_submodule(uncompiled_name(self._entry)), twin.get_submodule(self._entry)
+            written = deployed.get_submodule(uncompiled_name(self._entry))
+            prepared = small.get_submodule(self._entry) if prepared_groups(small) else None
             example = self._last.like(self._example)
             self.exported = write_files(
                 written, folder, self.export, example, prepared=prepared, config_list=self.config_list, verbose=self.verbose
             )
+
+    def _unfinished(self, pl_module: nn.Module) -> str | None:
+        """Why the model as it is now is not to be converted."""
+        return None if self.config_list is None else unfinished(pl_module, self._phase, self._layers, self.schedule)
+
+    def _converted(self, twin: nn.Module) -> nn.Module:
+        """What ships of a copy of the trained model, which may be pruned alone."""
+        if self.config_list is None:
+            return copy_of(twin).eval()
+        return converted(twin, self._entry, self._example)
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.
@@ -370,7 +401,8 @@ class QuantFusionCallback(EvaluatesAsShipped):
             ConfigError: if it is not prepared or a range was never observed.
         """
         self._relink(pl_module)
-        self.deployed_model = deployed = convert_model(pl_module)
+        twin = self._smaller(copy_of(pl_module)) if self.masks is not None else pl_module
+        self.deployed_model = deployed = self._converted(twin) if self.config_list is None else convert_model(twin)
         return deployed
 
     # -- state: plain numbers, tensors and strings, so that checkpoints load with weights_only=True -----------------------
@@ -396,9 +428,10 @@ class QuantFusionCallback(EvaluatesAsShipped):
             "entry": self._entry,
             "phase": dict(vars(self._phase)),
             "layers": self._layers,
-            "rounds_all": rounds_all(pl_module),
+            "rounds_all": rounds_all(pl_module) and self._masks_are_made(),
             "logged": dict(self.logs.ranges),
             "quantizers": quantizer_state(pl_module),
+            **self._compression_state(),
             "places": copy.deepcopy(self._groups.places),
         }
 
@@ -443,6 +476,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
             raise ConfigError(f"the checkpoint's state is of version {state.get('version')!r}; this release reads version 1.")
         check_decisions(state, decisions(pl_module), {"config_list": self.config_list, "settings": self.settings})
         load_quantizer_state(pl_module, state["quantizers"])
+        self._load_compression(state)
         self._run, self.logs.ranges = state["run"], dict(state.get("logged", {}))
         self._groups.places = copy.deepcopy(state.get("places", {}))
         self._set_phase(pl_module, Phase(**state["phase"]), state.get("layers"))  # states of old lack both

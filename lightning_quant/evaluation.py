@@ -89,6 +89,10 @@ class EvaluatesAsShipped(ManyProcesses):
     def _load(self, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _restore(self, pl_module: nn.Module) -> None:
+        """The float model as it is now."""
+        restore_model(pl_module)
+
     def _relink(self, pl_module: nn.Module) -> None:
         self._members = relink(pl_module, self._members) if self._module is pl_module else {}
 
@@ -127,13 +131,13 @@ class EvaluatesAsShipped(ManyProcesses):
 
     def _attach_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any], stage: str) -> None:
         """Attach to a model that was not fitted here, as it was when its checkpoint was saved."""
-        restore_model(pl_module)
+        self._restore(pl_module)
         try:
             self.plan = together(lambda: self._make_plan(trainer, pl_module, stage, state["entry"]))
             self._prepare(pl_module, self.plan)
             self._load(pl_module, state)
         except ConfigError as error:
-            restore_model(pl_module)
+            self._restore(pl_module)
             raise ConfigError(
                 f"the checkpoint's quantizers cannot be attached for {stage}. If the config_list is that run's, {stage} calls "
                 f"the model in another way than training did: give example_input, or leave out this callback for float. {error}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,8 +59,18 @@ class Logs:
             self._meters.stop()
             self._meters = None
 
-    def end_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: Phase, layers: int) -> None:
-        """After a training batch: log what was measured, once its step is through, and a phase that has begun."""
+    def end_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        phase: Phase,
+        layers: int,
+        further: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """After a training batch: log what was measured, once its step is through, and a phase that has begun.
+
+        `further`: measures what else there is, by the names under which it is logged.
+        """
         measured = self._meters is not None
         if measured and pl_module.automatic_optimization and trainer.global_step == self._begun:
             return  # where gradients are accumulated the step goes on
@@ -73,6 +83,7 @@ class Logs:
             "freeze_batch_norm": int(phase.freeze_batch_norm),
         }
         each: dict[str, float] = {}
+        others: Mapping[str, float] = {}
         if self._meters is not None:
             activations, self._meters = self._meters.stop(), None
             summary.update(clipped_summary(activations))
@@ -80,12 +91,15 @@ class Logs:
             if (moved := drift(self.ranges, ranges)) is not None:
                 summary["range_drift"] = moved
             self.ranges = ranges
-            each = dict(_named({**activations, **_parameters(pl_module)}))
-        self._send(trainer, summary, each)
+            each, others = dict(_named({**activations, **_parameters(pl_module)})), further()
+        self._send(trainer, summary, each, others)
 
-    def _send(self, trainer: pl.Trainer, summary: Mapping[str, float], each: Mapping[str, float]) -> None:
-        """`summary` goes to loggers and `callback_metrics`, `each` to loggers alone: it may hold hundreds of numbers."""
+    def _send(
+        self, trainer: pl.Trainer, summary: Mapping[str, float], each: Mapping[str, float], others: Mapping[str, float]
+    ) -> None:
+        """`summary` and `others` go to loggers and `callback_metrics`, `each`, perhaps hundreds of numbers, to loggers alone."""
         named, further = ({f"quant/{name}": float(value) for name, value in part.items()} for part in (summary, each))
+        named |= others
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
         for logger in trainer.loggers:  # not pl_module.log: that reaches them in steps of the Trainer's choice only
             logger.log_metrics({**named, **further}, step=_step_to_log(trainer))
@@ -93,7 +107,7 @@ class Logs:
     def change(self, trainer: pl.Trainer, before: tuple[Phase, int], now: tuple[Phase, int], of: int, *, verbose: int) -> None:
         """A phase begins with the next batch. `before`, `now`: (phase, how many layers are in it), `of` layers."""
         self._changed = self.every > 0
-        if verbose and (words := _in_words(before, now, of)):
+        if verbose and of and (words := _in_words(before, now, of)):
             rank_zero_info(f"step {trainer.global_step} (epoch {trainer.current_epoch}): {words}")
 
     def settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule, given: Mapping[str, Any]) -> None:

@@ -338,7 +338,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "no module": ([{"apply_method": "no.such.function"}], r"\['apply_method'\]: 'no\.such\.function' cannot be imported"),
     "no function": ([{"apply_method": "math.pi"}], "'math.pi' is a float, not a function of"),
     "unknown key": ([{"op_name": ["a"]}], r"distillation\[0\]: unknown key 'op_name'; .* Did you mean 'op_names'\?"),
-    "of pruning": ([{"sparse_ratio": 1}], r"'sparse_ratio' is a key of pruning; allowed: apply_method, dim,"),
+    "of pruning": (
+        [{"sparse_ratio": 1}],
+        r"'sparse_ratio' is a key of pruning, which has a list and settings of its own .*; allowed: apply_method, dim,",
+    ),
     "a setting": ([{"target_settings": {"_output_": {"lamda": 1}}}], r"\['_output_'\]: unknown key 'lamda'"),
     "only exclude": ([{"exclude_op_names": ["a"]}], r"distillation\[0\]: there are only exclude keys; give op_names"),
     "temperature": ([{"temperature": 0}], "a temperature is greater than 0"),
