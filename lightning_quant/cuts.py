@@ -145,12 +145,12 @@ class _Choice:
         for (name, dim), wanted in self.masked.items():
             slices = flow.slices(name, dim)
             for index in wanted.nonzero().flatten().tolist():
-                unit = 0 if slices is None else int(slices[index])
-                if slices is None or not bool(self.going[unit]):
-                    missing = "the forward does not use it as a channel"
-                    cuts.kept[name, dim, index] = (
-                        missing if slices is None else self.why.get(unit, flow.units.why.get(unit, missing))
-                    )
+                if slices is None:
+                    cuts.kept[name, dim, index] = "the forward does not use it as a channel"
+                elif not bool(self.going[slices[index]]):
+                    unit, together = int(slices[index]), int((slices == slices[index]).sum())
+                    why = self.why.get(unit) or flow.units.why.get(unit, "")
+                    cuts.kept[name, dim, index] = f"{why} ({together} of them go only together)" if together > 1 and unit else why
         for weight, (bias, added, _) in self._biases().items():
             if bool(added.any()):
                 cuts.biases[weight] = bias, added

@@ -17,7 +17,7 @@ from lightning_quant.flow import stored_tensors
 from lightning_quant.heads import cut_heads
 from lightning_quant.keys import INPUT, OUTPUT
 from lightning_quant.methods import LsqWeight
-from lightning_quant.prepare import drop_deployed_layers, prepared_groups
+from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizers_of
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import is_input
 from lightning_quant.units import OUT, Flow
@@ -47,10 +47,10 @@ def pin_scales(flow: Flow, model: nn.Module, names: Mapping[str, str]) -> None:
                     side = flow.side(name, dim)
                     if (units := flow.slices(name, side)) is not None:
                         flow.units.pin(units, f"{weight.name} has a scale for each block of {block}")
-        for quantizer in group.quantizers:
-            for dim, units in _blocks(flow, quantizer):
-                if quantizer.spec.kernel(units.dim())[dim] != 1:
-                    flow.units.pin(units, f"{quantizer.name} has a range for each block of channels")
+    for quantizer in quantizers_of(model).values():
+        for dim, units in _blocks(flow, quantizer):
+            if quantizer.spec.kernel(units.dim())[dim] != 1:
+                flow.units.pin(units, f"{quantizer.name} has a range for each block of channels")
 
 
 def _blocks(flow: Flow, quantizer: ActivationQuantizer) -> Iterator[tuple[int, Tensor]]:
@@ -80,12 +80,11 @@ def ranges_of(flow: Flow, model: nn.Module, cuts: Cuts) -> dict[str, list[tuple[
             going[slices[gone]] = True
     going[0] = False
     found: dict[str, list[tuple[int, Tensor]]] = {}
-    for _, group in prepared_groups(model).values():
-        for quantizer in group.quantizers:
-            for dim, units in _blocks(flow, quantizer):
-                others = [other for other in range(units.dim()) if other != dim]
-                gone = going[flow.units.roots(units)].all(others) if others else going[flow.units.roots(units)]
-                found.setdefault(quantizer.name, []).append((dim, gone))
+    for quantizer in quantizers_of(model).values():
+        for dim, units in _blocks(flow, quantizer):
+            others = [other for other in range(units.dim()) if other != dim]
+            gone = going[flow.units.roots(units)].all(others) if others else going[flow.units.roots(units)]
+            found.setdefault(quantizer.name, []).append((dim, gone))
     return found
 
 
@@ -97,13 +96,12 @@ def _cut_ranges(model: nn.Module, cuts: Cuts, names: Mapping[str, str]) -> None:
             if id(weight) not in done:
                 done.add(id(weight))
                 _cut_weight_quantizer(weight, cuts, names[weight.name])
-        for quantizer in group.quantizers:
-            for dim, gone in cuts.ranges.get(quantizer.name, []) if id(quantizer) not in done else []:
-                for key in ("low", "high", "young"):
-                    if isinstance(side := getattr(quantizer, key), Tensor) and side.dim():
-                        setattr(quantizer, key, side.index_select(dim, (~gone).nonzero().flatten().to(side.device)))
-                quantizer.changes += 1
-            done.add(id(quantizer))
+    for quantizer in quantizers_of(model).values():
+        for dim, gone in cuts.ranges.get(quantizer.name, []):
+            for key in ("low", "high", "young"):
+                if isinstance(side := getattr(quantizer, key), Tensor) and side.dim():
+                    setattr(quantizer, key, side.index_select(dim, (~gone).nonzero().flatten().to(side.device)))
+            quantizer.changes += 1
 
 
 def _cut_weight_quantizer(quantizer: WeightQuantizer, cuts: Cuts, name: str) -> None:
@@ -179,6 +177,9 @@ def cut_model(model: nn.Module, cuts: Cuts) -> None:
 def _set_sizes(module: nn.Module, groups: int) -> None:
     """Have a layer's own account of its sizes be that of its tensors."""
     weight = module._parameters.get("weight")
+    if isinstance(module, nn.RNNBase):  # it keeps its parameters in a list, too
+        module.input_size = getattr(module, "weight_ih_l0").shape[1]  # noqa: B009
+        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
     if isinstance(module, _NormBase):
         sized = next((one for one in (weight, module._buffers.get("running_mean")) if one is not None), None)
         module.num_features = module.num_features if sized is None else len(sized)
