@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from test_shrink import assert_same, double, mask_rows, reasons
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
 from lightning_quant.calibrate import calibrate
@@ -57,7 +58,7 @@ def conv(cin: int, cout: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(cin, cout, kernel, **options)
 
 
-def small(net: nn.Module, masks: dict[str, Tensor], x: Any, **options: Any) -> Any:
+def small(net: nn.Module, masks: dict[str, Tensor] | None, x: Any, **options: Any) -> Any:
     """`shrink_model`, whose model may have any attributes."""
     return shrink_model(net, masks, x, **options)
 
@@ -543,7 +544,7 @@ def test_learned_rounding_and_the_observer_of_least_error_go_along() -> None:
     net, x = prepared("int8")
     masks = mask_rows(net, ROWS)
     drop_deployed_layers(net)
-    learn_rounding(net, [x])
+    learn_rounding(net, [x], iterations=20)
     result = small(net, masks, x)
     fixed = next(group.parameter_quantizers[0] for _, group in prepared_groups(result.model).values() if group.name == "b")
     origin = next(group.parameter_quantizers[0] for _, group in prepared_groups(net).values() if group.name == "b")
@@ -579,6 +580,20 @@ def test_the_report_counts_what_went_and_says_what_stays() -> None:
     lines = [" ".join(line.split()) for line in str(result).splitlines()]
     assert "a.weight 2 of 6" in lines and "b.weight (inputs) 2 of 6" in lines and "b.weight 1 stay: the model returns it" in lines
     assert "parameters: 388 -> 260 (67%)" in lines and "multiply-adds: 48 384 -> 32 256 (67%)" in lines
+
+
+def test_multiply_adds_are_those_of_the_whole_example() -> None:
+    net = chain(a=conv(3, 6), b=conv(6, 4))
+    masks = mask_rows(net, {"a": [1]})
+    two, many = (small(net, masks, torch.randn(size, 3, 8, 8)) for size in (2, 10))
+    assert many.before.multiply_adds == 5 * two.before.multiply_adds == 10 * (36 * 6 * 27 + 16 * 4 * 54)
+    assert many.after.multiply_adds == 5 * two.after.multiply_adds
+
+
+def test_the_number_of_samples_may_be_written_in_the_forward() -> None:
+    net: Any = double(Net(lambda n, x: n.b(n.a(x).view(4, 6, 6, 6)), a=conv(3, 6), b=conv(6, 2)))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert "the forward has sizes written in" in reasons(shrunk(net, {"a": [1]}, x), "a.weight")
 
 
 def test_the_masked_model_is_left_as_it_is_and_the_small_one_trains() -> None:
@@ -617,6 +632,23 @@ def test_a_forward_that_insists_on_float32_shrinks_in_float32() -> None:
     result = small(net, mask_rows(net, {"a": [1]}), x)
     assert_same(result, net, x, 1e-5)
     assert result.model.b.in_channels == 5
+
+
+def test_without_masks_channels_of_zeros_go_those_of_torch_pruning_too() -> None:
+    net = chain(a=conv(3, 6), act=nn.ReLU(), b=conv(6, 4))
+    prune.ln_structured(net.a, "weight", amount=2, n=1, dim=0)
+    with torch.no_grad():
+        net.b.bias[0] = 0  # no channel of zeros
+    result = small(net, None, X)
+    assert_same(result, net, X)
+    assert result.model.b.in_channels == 4 and sorted(result.model.state_dict()) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    assert "a.weight_orig" in net.state_dict()
+
+
+def test_norms_without_numbers_know_their_channels() -> None:
+    net = chain(a=conv(3, 8), n=nn.InstanceNorm2d(8), b=conv(8, 8, 1), g=nn.GroupNorm(4, 8, affine=False), c=conv(8, 2))
+    result = shrunk(net, {"a": [1], "b": [2, 3]})
+    assert (result.model.n.num_features, result.model.g.num_groups, result.model.g.num_channels) == (7, 3, 6)
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------
