@@ -641,7 +641,7 @@ def test_without_masks_channels_of_zeros_go_those_of_torch_pruning_too() -> None
         net.b.bias[0] = 0  # no channel of zeros
     result = small(net, None, X)
     assert_same(result, net, X)
-    assert result.model.b.in_channels == 4 and sorted(result.model.state_dict()) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    assert result.model.b.in_channels == 4 and sorted(result.model.state_dict()) == ["a.bias", "a.weight", "b.bias", "b.weight"]
     assert "a.weight_orig" in net.state_dict()
 
 
