@@ -221,7 +221,7 @@ class QuantFusionCallback(Compresses):
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         state = self._pending or own
         anew = state is None or (state is own and self._module is not pl_module)  # another callback's: its ranges at most
-        calls = gather() if anew else []
+        calls = gather() if anew and self.config_list is not None else []
         if anew:
             equalized(self.calibration, entry, self._example, verbose=self.verbose)
         self._attach_teacher(pl_module)

@@ -184,9 +184,9 @@ def best_checkpoint(trainer: Trainer, key: str, run: str) -> tuple[str, dict[str
             break
         early.append(checkpoint["epoch"])
     if found is None or early:
-        which = "none was saved by this fit with everything quantized"
+        which = "none was saved by this fit with everything quantized or masked"
         if early:
-            which = f"the best, of epoch {early[0]}, was saved before everything was quantized"
+            which = f"the best, of epoch {early[0]}, was saved before everything was quantized or masked"
         instead = "the last weights are converted" if found is None else f"that of epoch {found[1]['epoch']} is converted"
         rank_zero_warn(
             f"{key}: of the checkpoints of {type(keeper).__name__}(monitor={keeper.monitor!r}) {which}, so {instead}. Let "

@@ -24,7 +24,7 @@ class Cuts:
     added to a layer before: name of its weight -> (name of its bias, "" if it has none yet; float64 (O,)); `kept`: why units that
     could have gone stay, by slice (name, dimension, index); `shapes`: of parameters and buffers before; `ranges`: what goes of
     the ranges of a prepared model, (dimension, bool over its indices) by quantizer; `heads`: of
-    attention, bool over its heads, by its name.
+    attention, bool over its heads, by its name; `norms`: how many channels are left to norms without numbers of their own.
     """
 
     gone: dict[tuple[str, Dim], Tensor] = field(default_factory=dict)
@@ -34,6 +34,7 @@ class Cuts:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ranges: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, int] = field(default_factory=dict)
 
     def tensor(self, name: str, values: Tensor) -> Tensor:
         """`values`, which lie as the parameter or buffer `name` does, without what goes."""
@@ -47,6 +48,15 @@ class Cuts:
     def names(self) -> set[str]:
         """The parameters and buffers that get smaller."""
         return {name for (name, _), gone in self.gone.items() if bool(gone.any())}
+
+    def units(self, flow: Flow) -> Tensor:
+        """Which units go, bool."""
+        going = torch.zeros(len(flow.units), dtype=torch.bool)
+        for (name, dim), gone in self.gone.items():
+            if (slices := flow.slices(name, dim)) is not None:
+                going[slices[gone]] = True
+        going[0] = False
+        return going
 
     def groups(self, name: str) -> int:
         """How many groups a convolution has left."""
@@ -145,12 +155,12 @@ class _Choice:
         for (name, dim), wanted in self.masked.items():
             slices = flow.slices(name, dim)
             for index in wanted.nonzero().flatten().tolist():
-                unit = 0 if slices is None else int(slices[index])
-                if slices is None or not bool(self.going[unit]):
-                    missing = "the forward does not use it as a channel"
-                    cuts.kept[name, dim, index] = (
-                        missing if slices is None else self.why.get(unit, flow.units.why.get(unit, missing))
-                    )
+                if slices is None:
+                    cuts.kept[name, dim, index] = "the forward does not use it as a channel"
+                elif not bool(self.going[slices[index]]):
+                    unit, together = int(slices[index]), int((slices == slices[index]).sum())
+                    why = self.why.get(unit) or flow.units.why.get(unit, "")
+                    cuts.kept[name, dim, index] = f"{why} ({together} of them go only together)" if together > 1 and unit else why
         for weight, (bias, added, _) in self._biases().items():
             if bool(added.any()):
                 cuts.biases[weight] = bias, added

@@ -19,7 +19,7 @@ from lightning_quant.record import split_example, undisturbed
 from lightning_quant.targets import tensors_in
 from lightning_quant.unit_layers import rule_of
 from lightning_quant.unit_rules import Call
-from lightning_quant.units import Flow, Shadow, fixed
+from lightning_quant.units import Flow, Shadow, fixed, squeezed
 
 
 def follow(model: nn.Module, example_input: Any, entry: nn.Module | None = None) -> Flow:
@@ -61,6 +61,14 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
+def _places(tensor: Tensor) -> Tensor:
+    """Where the elements of a tensor lie in its memory."""
+    places = torch.tensor(int(tensor.storage_offset()))
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        places = places + (torch.arange(size) * stride).view([-1, *[1] * (tensor.dim() - dim - 1)])
+    return places
+
+
 class _Watcher(TorchDispatchMode):
     """Gives every tensor of a forward its shadow."""
 
@@ -95,10 +103,29 @@ class _Watcher(TorchDispatchMode):
         self.shadows[id(tensor)] = shadow
         self.stale.discard(id(tensor))
         self.alive.append(tensor)
-        self.sharing.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-        units = shadow.units
+        sharing = self.sharing.setdefault(tensor.untyped_storage()._cdata, [])
+        if not any(tensor is other for other in sharing):
+            sharing.append(tensor)
+
+    def _keep_rectangular(self, units: Tensor) -> None:
         if sum(size > 1 for size in units.shape) != 1 and bool(units.any()):  # along one dimension any cut is a cut
             self.flow.tensors.setdefault((tuple(units.shape), units.numpy().tobytes()), (units, self.where))
+
+    def _written(self, tensor: Tensor, shadow: Shadow) -> None:
+        """Have the other tensors in the memory of one that was written to know what stands there now."""
+        places = _places(tensor)
+        for other in self.sharing[tensor.untyped_storage()._cdata]:
+            known = self.shadows[id(other)]
+            if other is tensor:
+                continue
+            if known.stored or shadow.stored or other.dtype != tensor.dtype:
+                self.stale.add(id(other))
+                continue
+            size = int(max(places.max(), (theirs := _places(other)).max())) + 1
+            new = torch.full((size,), -1).index_put_((places.flatten(),), shadow.units.expand(tensor.shape).flatten())[theirs]
+            live = torch.zeros(size, dtype=torch.bool).index_put_((places.flatten(),), shadow.live.expand(tensor.shape).flatten())
+            units = squeezed(torch.where(new < 0, known.units.expand(other.shape), new))
+            self.note(other, Shadow(units, squeezed(torch.where(new < 0, known.live.expand(other.shape), live[theirs]))))
 
     @property
     def where(self) -> str:
@@ -131,13 +158,16 @@ class _Watcher(TorchDispatchMode):
             shadows={id(tensor): self.shadow(tensor) for tensor in read},
             before={id(tensor): tensor.clone() for tensor in read} if func._schema.is_mutable else {},
         )
+        if not func.is_view and call.name != "copy_":  # a tensor that is written part by part has holes meanwhile
+            for tensor in read[1:] if func._schema.is_mutable else read:
+                self._keep_rectangular(call.raw(tensor).units)
         call.result = result = func(*args, **kwargs)
         made = rule_of(func)(call)
         for number, output in enumerate(tensors_in(result)):
             shadow = made[min(number, len(made) - 1)]
             if shadow.units.dim() != output.dim():
                 shadow = fixed(output.dim(), live=True)
-            if func._schema.is_mutable:
-                self.stale.update(id(one) for one in self.sharing.get(output.untyped_storage()._cdata, []))
             self.note(output, shadow)
+            if func._schema.is_mutable:
+                self._written(output, shadow)
         return result

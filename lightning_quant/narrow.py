@@ -17,7 +17,7 @@ from lightning_quant.flow import stored_tensors
 from lightning_quant.heads import cut_heads
 from lightning_quant.keys import INPUT, OUTPUT
 from lightning_quant.methods import LsqWeight
-from lightning_quant.prepare import drop_deployed_layers, prepared_groups
+from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizers_of
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import is_input
 from lightning_quant.units import OUT, Flow
@@ -47,10 +47,10 @@ def pin_scales(flow: Flow, model: nn.Module, names: Mapping[str, str]) -> None:
                     side = flow.side(name, dim)
                     if (units := flow.slices(name, side)) is not None:
                         flow.units.pin(units, f"{weight.name} has a scale for each block of {block}")
-        for quantizer in group.quantizers:
-            for dim, units in _blocks(flow, quantizer):
-                if quantizer.spec.kernel(units.dim())[dim] != 1:
-                    flow.units.pin(units, f"{quantizer.name} has a range for each block of channels")
+    for quantizer in quantizers_of(model).values():
+        for dim, units in _blocks(flow, quantizer):
+            if quantizer.spec.kernel(units.dim())[dim] != 1:
+                flow.units.pin(units, f"{quantizer.name} has a range for each block of channels")
 
 
 def _blocks(flow: Flow, quantizer: ActivationQuantizer) -> Iterator[tuple[int, Tensor]]:
@@ -74,18 +74,26 @@ def _blocks(flow: Flow, quantizer: ActivationQuantizer) -> Iterator[tuple[int, T
 
 def ranges_of(flow: Flow, model: nn.Module, cuts: Cuts) -> dict[str, list[tuple[int, Tensor]]]:
     """What goes of the ranges of a prepared model: (dimension, bool over its indices) by quantizer."""
-    going = torch.zeros(len(flow.units), dtype=torch.bool)
-    for (name, dim), gone in cuts.gone.items():
-        if (slices := flow.slices(name, dim)) is not None:
-            going[slices[gone]] = True
-    going[0] = False
+    going = cuts.units(flow)
     found: dict[str, list[tuple[int, Tensor]]] = {}
-    for _, group in prepared_groups(model).values():
-        for quantizer in group.quantizers:
-            for dim, units in _blocks(flow, quantizer):
-                others = [other for other in range(units.dim()) if other != dim]
-                gone = going[flow.units.roots(units)].all(others) if others else going[flow.units.roots(units)]
-                found.setdefault(quantizer.name, []).append((dim, gone))
+    for quantizer in quantizers_of(model).values():
+        for dim, units in _blocks(flow, quantizer):
+            others = [other for other in range(units.dim()) if other != dim]
+            gone = going[flow.units.roots(units)].all(others) if others else going[flow.units.roots(units)]
+            found.setdefault(quantizer.name, []).append((dim, gone))
+    return found
+
+
+def norms_of(flow: Flow, model: nn.Module, cuts: Cuts) -> dict[str, int]:
+    """How many channels are left to norms that have no tensor to tell."""
+    going, found = cuts.units(flow), {}
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase | nn.GroupNorm) and not any(one.dim() for one in stored_tensors(module).values()):
+            units = (flow.boundaries.get(name, ([], []))[0] or [None])[0]
+            if units is not None and units.dim() > 1:
+                gone = going[flow.units.roots(units)].movedim(1, 0).flatten(1).all(1)
+                size = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+                found[name] = size - int(gone.sum())
     return found
 
 
@@ -97,13 +105,12 @@ def _cut_ranges(model: nn.Module, cuts: Cuts, names: Mapping[str, str]) -> None:
             if id(weight) not in done:
                 done.add(id(weight))
                 _cut_weight_quantizer(weight, cuts, names[weight.name])
-        for quantizer in group.quantizers:
-            for dim, gone in cuts.ranges.get(quantizer.name, []) if id(quantizer) not in done else []:
-                for key in ("low", "high", "young"):
-                    if isinstance(side := getattr(quantizer, key), Tensor) and side.dim():
-                        setattr(quantizer, key, side.index_select(dim, (~gone).nonzero().flatten().to(side.device)))
-                quantizer.changes += 1
-            done.add(id(quantizer))
+    for quantizer in quantizers_of(model).values():
+        for dim, gone in cuts.ranges.get(quantizer.name, []):
+            for key in ("low", "high", "young"):
+                if isinstance(side := getattr(quantizer, key), Tensor) and side.dim():
+                    setattr(quantizer, key, side.index_select(dim, (~gone).nonzero().flatten().to(side.device)))
+            quantizer.changes += 1
 
 
 def _cut_weight_quantizer(quantizer: WeightQuantizer, cuts: Cuts, name: str) -> None:
@@ -170,18 +177,24 @@ def cut_model(model: nn.Module, cuts: Cuts) -> None:
                 if value is not None and id(value) in smaller:
                     table[key] = smaller[id(value)]
         name = names.get(f"{prefix}.weight" if prefix else "weight", "")
-        _set_sizes(module, cuts.groups(name) if name in cuts.convs else 1)
+        _set_sizes(module, cuts.groups(name) if name in cuts.convs else 1, cuts.norms.get(prefix))
     for name, heads in cuts.heads.items():
         cut_heads(model.get_submodule(name), heads)
     drop_deployed_layers(model)
 
 
-def _set_sizes(module: nn.Module, groups: int) -> None:
-    """Have a layer's own account of its sizes be that of its tensors."""
+def _set_sizes(module: nn.Module, groups: int, channels: int | None) -> None:
+    """Have a layer's own account of its sizes be that of its tensors; `channels`: of a norm that has none."""
     weight = module._parameters.get("weight")
+    if isinstance(module, nn.RNNBase):  # it keeps its parameters in a list, too
+        module.input_size = getattr(module, "weight_ih_l0").shape[1]  # noqa: B009
+        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
     if isinstance(module, _NormBase):
         sized = next((one for one in (weight, module._buffers.get("running_mean")) if one is not None), None)
-        module.num_features = module.num_features if sized is None else len(sized)
+        module.num_features = len(sized) if sized is not None else channels or module.num_features
+    if isinstance(module, nn.GroupNorm):
+        left = len(weight) if weight is not None else channels or module.num_channels
+        module.num_groups, module.num_channels = left * module.num_groups // module.num_channels, left
     if weight is None:
         return
     if isinstance(module, _ConvNd):
@@ -192,8 +205,5 @@ def _set_sizes(module: nn.Module, groups: int) -> None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = len(weight) * module.num_groups // module.num_channels
-        module.num_channels = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)

@@ -20,11 +20,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_quant.config import ConfigError
-from lightning_quant.convert import copy_of
+from lightning_quant.convert import copy_of, made_permanent
 from lightning_quant.cuts import Cuts, find_cuts, masked_slices, units_of
 from lightning_quant.flow import follow, stored_tensors
 from lightning_quant.heads import add_heads
-from lightning_quant.narrow import cut_model, first_names, pin_scales, ranges_of
+from lightning_quant.narrow import cut_model, first_names, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
 from lightning_quant.record import moved, split_example, undisturbed
 from lightning_quant.tables import text_table
@@ -36,7 +36,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a float model costs: parameters, bytes of parameters and buffers, multiply-adds of one call with the example."""
+    """What a float32 model costs: parameters, bytes of parameters and buffers, multiply-adds of one call with the example."""
 
     parameters: int
     bytes: int
@@ -78,7 +78,7 @@ def _grouped(number: int) -> str:
 
 def shrink_model(
     model: nn.Module,
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
     example_input: Any,
     *,
     entry: str = "",
@@ -95,6 +95,7 @@ def shrink_model(
     Args:
         model: float, or prepared: then quantizers keep their ranges, cut where they have one for each channel.
         masks: by the name of a parameter, what stays of it: bool, to broadcast against it. Masked values are 0 in the model.
+            None: what is 0 in parameters with several dimensions is masked.
         example_input: what the model (or `entry`) is called with.
         entry: the name of the submodule that the example is for.
         required: names of layers that must get smaller by all that is masked of them.
@@ -102,10 +103,13 @@ def shrink_model(
     Raises:
         ConfigError: for a mask that fits no parameter, a value that is masked and not 0, or a required layer that cannot shrink.
     """
+    model = made_permanent(copy_of(model))  # what torch.nn.utils.prune masks is 0 in the parameter
     names = first_names(model)
+    if masks is None:
+        masks = {name: parameter != 0 for name, parameter in model.named_parameters() if parameter.dim() > 1}
     masks = _checked_masks(model, masks, names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said of the copy that ships
+        warnings.simplefilter("ignore")  # said of the first copy
         plain = restore_model(copy_of(model)).eval().cpu()
     run = _Run(plain, example_input, entry)
     flow = run.flow()
@@ -116,28 +120,13 @@ def shrink_model(
     problems = _problems(cuts, required)
     if problems:
         raise ConfigError("; ".join(problems) + ".")
-    result = copy_of(model)
-    cut_model(result, replace(cuts, ranges=ranges_of(flow, model, cuts)))
-    small = run.cut(cuts)
+    cut_model(model, replace(cuts, ranges=ranges_of(flow, model, cuts)))
     return Shrunk(
-        model=result,
-        before=cost_of(run.model, run.example, run.entry),
-        after=cost_of(small, run.example, run.entry),
+        model=model,
+        before=run.cost(run.model),
+        after=run.cost(run.cut(cuts)),
         removed=_removed(flow, cuts),
         kept=_kept(cuts),
-    )
-
-
-def cost_of(model: nn.Module, example_input: Any, entry: str = "") -> Cost:
-    """What a float model costs; it is left as it was."""
-    args, kwargs = split_example(example_input)
-    tensors = list(stored_tensors(model).values())
-    with undisturbed(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.get_submodule(entry)(*args, **kwargs)
-    return Cost(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        bytes=sum(tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size()) for tensor in tensors),
-        multiply_adds=counter.get_total_flops() // 2,
     )
 
 
@@ -203,27 +192,44 @@ def _kept(cuts: Cuts) -> dict[str, dict[str, int]]:
 
 
 class _Run:
-    """A float copy on the host in float64, where its forward allows that, and what it is called with."""
+    """A float copy on the host in float64, where its forward allows that, and what it is called with: two samples, if it may be.
+
+    `times`: how many times as large the example was.
+    """
 
     def __init__(self, model: nn.Module, example_input: Any, entry: str) -> None:
         self.entry = entry
-        example = moved(split_example(example_input), "cpu")
-        wide = on_tensors(lambda one: one.double() if one.is_floating_point() else one, example)
-        for self.model, self.example, self.relative in (
-            (copy.deepcopy(model).double(), wide, 1e-9),
-            (model, example, TOLERANCE),
-        ):
+        whole = moved(split_example(example_input), "cpu")
+        sizes = {one.shape[0] if one.dim() else 0 for one in tensors_in(whole)}
+        batch = sizes.pop() if len(sizes) == 1 else 0
+        few = on_tensors(lambda one: one[:2], whole) if batch > 2 else whole
+        wide = copy.deepcopy(model).double()
+        tries = [(wide, few, 1e-9), (wide, whole, 1e-9), (model, few, TOLERANCE), (model, whole, TOLERANCE)]
+        for self.model, example, self.relative in tries:
+            self.times = batch / 2 if example is few and batch > 2 else 1.0
+            self.example = example if self.model is model else on_tensors(_doubled, example)
             try:
                 self.expected = self.outputs(self.model)
-            except RuntimeError:  # float32 is written somewhere in the forward
-                continue
+            except Exception:
+                if example is whole and self.model is model:
+                    raise
+                continue  # float32, or how many samples there are, is written somewhere in the forward
             return
-        self.expected = self.outputs(self.model)
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         args, kwargs = on_tensors(torch.clone, self.example)
         with undisturbed(model), torch.no_grad():
             return list(tensors_in(model.get_submodule(self.entry)(*args, **kwargs)))
+
+    def cost(self, model: nn.Module) -> Cost:
+        with FlopCounterMode(display=False) as counter:
+            self.outputs(model)
+        tensors = stored_tensors(model).values()
+        return Cost(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            bytes=sum(tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size()) for tensor in tensors),
+            multiply_adds=round(counter.get_total_flops() / 2 * self.times),
+        )
 
     def flow(self) -> Flow:
         return follow(self.model, on_tensors(torch.clone, self.example), self.model.get_submodule(self.entry))
@@ -251,6 +257,10 @@ class _Run:
             if len(found) != len(expected) or not all(_alike(a, b, self.relative) for a, b in zip(found, expected, strict=True)):
                 return "the forward has sizes or places of channels written in"
         return ""
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _alike(found: Tensor, expected: Tensor, relative: float) -> bool:
@@ -291,24 +301,29 @@ def _clear(tensor: Tensor, dim: Dim, gone: Tensor, cuts: Cuts, name: str) -> Non
 def _proven(run: _Run, flow: Flow, masked: Mapping[tuple[str, Dim], Tensor]) -> Cuts:
     """What can go, tried out; where the forward does not bear all of it, as much as it bears, parameter by parameter."""
     bias = {name: _can_have_bias(run.model, name) for name in {reading.weight for reading in flow.readings}}
-    cuts = find_cuts(flow, masked, bias)
+
+    def find(tried: set[int] | None = None) -> Cuts:
+        cuts = find_cuts(flow, masked, bias, tried)
+        return replace(cuts, norms=norms_of(flow, run.model, cuts))
+
+    cuts = find()
     if not run.problem(cuts):
         return cuts
     accepted: set[int] = set()
     for key, gone in masked.items():
         units = units_of(flow, {key: gone}) - accepted
-        if units and (why := run.problem(find_cuts(flow, masked, bias, accepted | units))):
+        if units and (why := run.problem(find(accepted | units))):
             flow.units.pin(torch.tensor(sorted(units)), why)
         else:
             accepted |= units
-    return find_cuts(flow, masked, bias)
+    return find()
 
 
 def _try_heads(run: _Run, masks: Mapping[str, Tensor], names: Mapping[str, str], cuts: Cuts) -> Cuts:
     """`cuts` with attention heads, if the model bears that."""
     more = copy.deepcopy(cuts)
     add_heads(run.model, masks, names, more)
-    why = run.problem(more)
+    why = run.problem(more) if more.heads else ""
     if not why:
         return more
     for name in more.heads:

@@ -124,8 +124,15 @@ def alike(call: Call) -> list[Shadow]:
 def written(call: Call) -> list[Shadow]:
     """`copy_`: what stood there is gone."""
     target, source = call.of(call.read[0]), call.of(call.read[1])
-    units = met_units(call, [target, source], [call.read[0].shape, call.read[1].shape])
+    units = padded(source.units, target.units.dim())
+    if bool(target.units.any()):
+        units = met_units(call, [target, source], [call.read[0].shape, call.read[1].shape])
     return [Shadow(units, padded(source.live, units.dim()))]
+
+
+def empty(call: Call) -> list[Shadow]:
+    """A new tensor, of which what is given is but the kind."""
+    return [fixed(call.output.dim(), live=False)]
 
 
 def spatial(call: Call) -> list[Shadow]:

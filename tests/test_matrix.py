@@ -33,6 +33,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from toys import FUSED, Lit, Net, loader
 
 from lightning_quant import QuantFusionCallback
+from lightning_quant.integer import IntegerLayer
 from lightning_quant.prepare import learned_parameters, prepared_groups, quantizer_state
 
 TrainerMaker = Callable[..., Trainer]
@@ -256,13 +257,31 @@ ROWS = {
 }
 
 
+def ours_of(method: str) -> QuantFusionCallback:
+    """The callback; method "all" masks by gradients and has the float model for a teacher besides."""
+    if method != "all":
+        return QuantFusionCallback([{**FUSED[0], "method": method}], schedule=SCHEDULE, verbose=0)
+    return QuantFusionCallback(
+        FUSED,
+        pruning={
+            "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "metric": "taylor"}],
+            "stop": "step 3",
+            "updates": 2,
+        },
+        distillation=["kl", {"op_names": ["relu1"], "apply_method": "cosine", "lambda": 0.5}],
+        teacher="self",
+        schedule=SCHEDULE,
+        verbose=0,
+    )
+
+
 def run(
     make: TrainerMaker, row: Row, folder: Path, method: str, epochs: int, ckpt_path: Path | None = None
 ) -> tuple[Trainer, Lit, QuantFusionCallback | None]:
     """A fit of this row; `method` "float" is without the callback."""
     torch.manual_seed(0)
     model = row.model()
-    ours = None if method == "float" else QuantFusionCallback([{**FUSED[0], "method": method}], schedule=SCHEDULE, verbose=0)
+    ours = None if method == "float" else ours_of(method)
     saver = ModelCheckpoint(folder, monitor="val_loss", save_last=True)
     trainer = make(
         max_epochs=epochs,
@@ -284,6 +303,9 @@ def everything(trainer: Trainer, model: Lit) -> dict[str, Any]:
     learned = learned_parameters(model)
     found |= {f"learned.{key}": value.detach().clone() for key, value in learned.items()}
     found |= dict(leaves("ranges", quantizer_state(model)))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, QuantFusionCallback) and callback.masks is not None:
+            found |= dict(leaves("masks", callback.masks.state_dict()))
     for index, optimizer in enumerate(trainer.optimizers):
         found |= dict(leaves(f"optimizer {index}", optimizer.state_dict()))
     for index, config in enumerate(trainer.lr_scheduler_configs):
@@ -319,6 +341,8 @@ def _equal(a: Any, b: Any) -> bool:
 # Lightning's advice on all these features is not what is tested.
 quietly = pytest.mark.filterwarnings("ignore::UserWarning")
 BITWISE = [name for name, row in ROWS.items() if row.bitwise]
+QUICK = ("plain", "accumulate_grad_batches", "16-mixed", "EMAWeightAveraging")
+BY_HAND = ("two optimizers by hand",)  # there the step itself adds the teacher's loss
 NOT_BITWISE = [name for name, row in ROWS.items() if not row.bitwise]
 
 
@@ -331,7 +355,10 @@ def cases(names: list[str], *, slow: tuple[str, str]) -> list[Any]:
 @quietly
 @pytest.mark.parametrize(("name", "method"), cases(BITWISE, slow=("torch.compile", "qat")))
 def test_resumed_is_uninterrupted(name: str, method: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
-    row = ROWS[name]
+    same_as_uninterrupted(ROWS[name], method, quiet_trainer, tmp_path)
+
+
+def same_as_uninterrupted(row: Row, method: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> QuantFusionCallback:
     trainer, model, ours = run(quiet_trainer, row, tmp_path / "straight", method, 4)
     straight = everything(trainer, model)
     assert bool(learned_parameters(model)) == (method == "lsq")
@@ -341,6 +368,20 @@ def test_resumed_is_uninterrupted(name: str, method: str, quiet_trainer: Trainer
     assert again.global_step == trainer.global_step
     assert same_output(ours, callback)
     assert_one_best(quiet_trainer, row, trainer, model, ours)
+    assert ours is not None
+    return ours
+
+
+@quietly
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in BITWISE if n not in BY_HAND]
+)
+def test_so_it_is_with_masks_and_a_teacher(name: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    ours = same_as_uninterrupted(ROWS[name], "all", quiet_trainer, tmp_path)
+    assert ours.masks is not None
+    assert ours.masks.sparsity()["conv2.weight"] == 0.5
+    assert isinstance(conv := ours.deployed_model.conv2, IntegerLayer)  # type: ignore[union-attr]
+    assert conv.weight.shape == (4, 4, 3, 3)
 
 
 @quietly
@@ -391,7 +432,7 @@ def assert_one_best(make: TrainerMaker, row: Row, trainer: Trainer, model: Lit, 
     (shipped,) = make(**options).test(deployed, loader(seed=2), verbose=False)
     saver = trainer.checkpoint_callback
     assert isinstance(saver, ModelCheckpoint)
-    anew = QuantFusionCallback(ours.config_list, verbose=0)
+    anew = QuantFusionCallback(ours.config_list, pruning=None if ours.pruning is None else vars(ours.pruning), verbose=0)
     fresh = make(callbacks=[anew], **options)
     (there,) = fresh.test(row.wrap(row.model()), loader(seed=2), ckpt_path=saver.best_model_path, verbose=False)
     if row.restored_in_float32:

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One callback prunes, distils and quantizes in one fit: any of the three alone, or together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from toys import FUSED, Lit, fingerprint, loader
+
+from lightning_quant import ConfigError, QuantFusionCallback
+from lightning_quant.integer import IntegerLayer
+from lightning_quant.prepare import prepared_groups, restore_model
+
+TrainerMaker = Callable[..., Trainer]
+HALF: list[dict[str, Any]] = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def fitted(make: TrainerMaker, *args: Any, model: Lit | None = None, epochs: int = 3, **options: Any) -> tuple[Lit, Any]:
+    torch.manual_seed(0)
+    model = model or Lit()
+    callback = QuantFusionCallback(*args, **{"verbose": 0, "source": "last", **options})
+    make(max_epochs=epochs, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    return model, callback
+
+
+def output(model: nn.Module, x: Tensor = X) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(x)
+    return found
+
+
+def rows(weight: Tensor) -> int:
+    """How many output channels are not all zero."""
+    return int(weight.flatten(1).any(1).sum())
+
+
+# -- pruning alone ------------------------------------------------------------------------------------------------------------
+
+
+def test_pruning_alone_ships_a_small_float_model(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    model, callback = fitted(quiet_trainer, pruning=HALF, export=".onnx", dirpath=tmp_path)
+    assert not prepared_groups(model) and type(model.conv1) is nn.Conv2d
+    assert [rows(model.get_submodule(name).weight) for name in ("conv1", "conv2")] == [4, 4]  # type: ignore[arg-type]
+    deployed = callback.deployed_model
+    assert [deployed.conv1.weight.shape, deployed.conv2.weight.shape] == [(4, 3, 3, 3), (4, 4, 3, 3)]
+    assert deployed.fc.weight.shape == (4, 4 * 16)
+    assert torch.allclose(output(deployed), output(model), atol=1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    assert torch.allclose(torch.as_tensor(found), output(model), atol=1e-5)
+    assert callback.shrunk.after.parameters == sum(p.numel() for p in deployed.parameters())
+
+
+def test_without_shrink_the_masked_model_ships(quiet_trainer: TrainerMaker) -> None:
+    model, callback = fitted(quiet_trainer, pruning={"config_list": HALF, "shrink": False})
+    assert callback.deployed_model.conv1.weight.shape == (8, 3, 3, 3) and callback.shrunk is None
+    assert torch.equal(output(callback.deployed_model), output(model))
+
+
+def test_what_is_masked_is_the_least_of_the_weights(quiet_trainer: TrainerMaker) -> None:
+    class Frozen(Lit):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    model = Frozen()
+    norms = model.get_submodule("conv1").weight.detach().abs().flatten(1).sum(1)  # type: ignore[union-attr, operator]
+    fitted(quiet_trainer, model=model, pruning={"config_list": HALF, "dependencies": False})
+    kept = model.get_submodule("conv1").weight.flatten(1).any(1)  # type: ignore[union-attr, operator]
+    assert torch.equal(kept, norms >= norms.sort().values[4])
+
+
+def test_masks_without_training(quiet_trainer: TrainerMaker) -> None:
+    model, callback = fitted(quiet_trainer, "int8", pruning=HALF, epochs=0)
+    assert callback.deployed_model.conv1.weight.shape == (4, 3, 3, 3)
+    assert isinstance(callback.deployed_model.conv1, IntegerLayer)
+    with pytest.warns(UserWarning, match="these masks need gradients of training steps, and there are none: no masks"):
+        fitted(quiet_trainer, pruning=[{**HALF[0], "metric": "taylor"}], epochs=0)
+
+
+def test_a_fit_that_ends_before_its_masks_are_made_says_so(quiet_trainer: TrainerMaker) -> None:
+    pruning = {"config_list": HALF, "stop": "step 100"}
+    with pytest.warns(UserWarning, match=r"the fit ended after 1 of 10 updates of its masks"):
+        fitted(quiet_trainer, pruning=pruning)
+
+
+# -- a teacher alone ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_alone_is_the_same_loss_written_into_the_step(quiet_trainer: TrainerMaker) -> None:
+    teacher = Lit()
+
+    class Taught(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            out = self(x)
+            with torch.no_grad():
+                target = F.log_softmax(teacher.eval()(x) / 2, -1)
+            added = F.kl_div(F.log_softmax(out / 2, -1), target, reduction="batchmean", log_target=True) * 4
+            return F.cross_entropy(out, y) + added
+
+    torch.manual_seed(0)
+    by_hand = Taught()
+    quiet_trainer(max_epochs=3).fit(by_hand, loader(), loader(seed=1))
+    model, callback = fitted(quiet_trainer, distillation="kl", teacher=teacher)
+    for name, value in by_hand.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name
+    assert not prepared_groups(model)
+    assert torch.equal(output(callback.deployed_model), output(model))
+
+
+# -- together -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def all_three() -> dict[str, Any]:
+    return {"config_list": FUSED, "pruning": HALF, "distillation": "kl", "teacher": "self"}
+
+
+def test_all_three_in_one_fit(quiet_trainer: TrainerMaker, tmp_path: Path, all_three: dict[str, Any]) -> None:
+    model, callback = fitted(quiet_trainer, **all_three, export=".onnx", dirpath=tmp_path)
+    conv = callback.deployed_model.conv2
+    assert isinstance(conv, IntegerLayer) and conv.weight.shape == (4, 4, 3, 3)
+    assert torch.allclose(output(callback.deployed_model), output(model), atol=1e-5)
+    (exported,) = callback.exported
+    assert exported.parity.different == 0 < exported.parity.integers
+    assert "self" not in str(callback.deployed_model.__dict__), "nothing of the teacher ships"
+
+
+def test_the_model_is_left_as_it_was(quiet_trainer: TrainerMaker, all_three: dict[str, Any]) -> None:
+    model, _ = fitted(quiet_trainer, **all_three)
+    restore_model(model)
+    twin = Lit()
+    twin.load_state_dict(model.state_dict())
+    assert [one[:-1] for one in fingerprint(model) if isinstance(one, tuple) and len(one) == 6] == [
+        one[:-1] for one in fingerprint(twin) if isinstance(one, tuple) and len(one) == 6
+    ]
+    assert rows(model.get_submodule("conv1").weight) == 4, "its weights stay masked"  # type: ignore[arg-type]
+
+
+def test_a_fit_that_fails_leaves_no_trace(quiet_trainer: TrainerMaker, all_three: dict[str, Any]) -> None:
+    class Fails(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                raise RuntimeError("in the user's own code")
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="in the user's own code"):
+        fitted(quiet_trainer, model=model, **all_three)
+    assert "training_step" not in model.__dict__
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_second_fit_keeps_its_masks(quiet_trainer: TrainerMaker, all_three: dict[str, Any]) -> None:
+    model, callback = fitted(quiet_trainer, **all_three)
+    before = callback.masks.by_target()
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    after = callback.masks.by_target()
+    assert callback.masks.done == 10 and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Looks(Callback):
+    """How many channels of conv1 are not zero in validation, and after each training batch."""
+
+    def __init__(self) -> None:
+        self.validated: list[int] = []
+        self.trained: list[int] = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.validated.append(rows(pl_module.conv1.weight))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.trained.append(rows(pl_module.conv1.weight))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_masked_too(quiet_trainer: TrainerMaker, first: bool, all_three: dict[str, Any]) -> None:
+    callback, looks = QuantFusionCallback(**all_three, verbose=0, source="last"), Looks()
+    pair = [callback, EMAWeightAveraging(decay=0.9)]
+    torch.manual_seed(0)
+    model = Lit()
+    trainer = quiet_trainer(max_epochs=4, callbacks=[*(pair if first else pair[::-1]), looks], num_sanity_val_steps=0)
+    trainer.fit(model, loader(), loader(seed=1))
+    assert looks.trained[-8:] == [4] * 8 and looks.validated[-4:] == [4] * 4
+    assert callback.deployed_model.conv1.weight.shape[0] == 4  # type: ignore[union-attr, operator]
+    assert torch.allclose(output(callback.deployed_model), output(model), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_only_a_checkpoint_with_all_its_masks_is_the_best(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    class Scripted(Lit):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val_loss", torch.tensor(float(self.current_epoch)))
+
+    callback = QuantFusionCallback(pruning={"config_list": HALF, "stop": "epoch 2"}, verbose=0)
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{epoch}")
+    trainer = quiet_trainer(max_epochs=4, callbacks=[callback, saver], enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="the best, of epoch 0, was saved before everything was quantized or masked"):
+        trainer.fit(Scripted(), loader(), loader(seed=1))
+    best = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    kept = best["state_dict"]["conv1.weight"].flatten(1).any(1)
+    assert torch.equal(callback.deployed_model.conv1.weight, best["state_dict"]["conv1.weight"][kept])  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_is_tested_in_a_fresh_process_with_its_masks(
+    quiet_trainer: TrainerMaker, tmp_path: Path, all_three: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model, callback = Lit(), QuantFusionCallback(**all_three, verbose=0, source="last")
+    trainer = quiet_trainer(max_epochs=3, callbacks=[callback])
+    trainer.fit(model, loader(), loader(seed=1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(Lit().state_dict())
+    other, again = Lit(), QuantFusionCallback(**all_three, verbose=0)
+    (there,) = quiet_trainer(callbacks=[again]).test(other, loader(seed=2), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    (here,) = trainer.test(model, loader(seed=2), verbose=False)
+    assert there == here
+    assert torch.equal(output(again.convert(other)), output(callback.deployed_model))  # type: ignore[arg-type]
+    without = QuantFusionCallback(FUSED, verbose=0)
+    with pytest.raises(ConfigError, match="the checkpoint is of a run with `pruning`, and this callback has none"):
+        quiet_trainer(max_epochs=4, callbacks=[without]).fit(Lit(), loader(), loader(seed=1), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_numbers_for_loggers(quiet_trainer: TrainerMaker, all_three: dict[str, Any]) -> None:
+    callback = QuantFusionCallback(**all_three, verbose=0, source="last", log_every_n_steps=1)
+    trainer = quiet_trainer(max_epochs=3, callbacks=[callback])
+    trainer.fit(Lit(), loader(), loader(seed=1))
+    numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert numbers["prune/sparsity"] == pytest.approx(0.5)
+    assert numbers["distill/loss"] == numbers["distill/_output_"] > 0
+
+
+# -- by hand ------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_manual_optimization_the_step_adds_the_loss(quiet_trainer: TrainerMaker) -> None:
+    class ByHand(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+            optimizer: Any = self.optimizers()
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss + ours.distillation_loss())
+            optimizer.step()
+
+    teacher = Lit()
+    ours = QuantFusionCallback(distillation="kl", teacher=teacher, verbose=0, source="last")
+    torch.manual_seed(0)
+    model = ByHand()
+    quiet_trainer(max_epochs=3, callbacks=[ours]).fit(model, loader(), loader(seed=1))
+    automatic, _ = fitted(quiet_trainer, distillation="kl", teacher=teacher)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), automatic.parameters(), strict=True))
+
+
+# -- what cannot be -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, "nothing to do; give config_list"),
+        ({"distillation": "kl"}, "distillation: there is no teacher"),
+        ({"teacher": "self"}, "teacher: nothing is to be learned from it"),
+        ({"pruning": []}, "pruning: expected a non-empty list"),
+        ({"pruning": [{"op_types": ["Conv2d"], "sparse_ratio": 1.5}]}, r"pruning\[0\]\['sparse_ratio'\]: 1.5 is not in the range 0 to 1"),
+        ({"pruning": "nowhere.yaml"}, "pruning: .*nowhere.yaml"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_constructor(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        QuantFusionCallback(**given)
+
+
+def test_lists_may_be_files(tmp_path: Path) -> None:
+    (tmp_path / "masks.yaml").write_text("- op_types: [Conv2d]\n  sparse_ratio: 0.5\n")
+    callback = QuantFusionCallback(pruning=tmp_path / "masks.yaml")
+    assert callback.pruning is not None
+    assert callback.pruning.config_list == HALF
