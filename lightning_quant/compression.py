@@ -23,7 +23,7 @@ from lightning_quant.masks import Masks, make_pruning
 from lightning_quant.prepare import drop_deployed_layers
 from lightning_quant.pruning_plan import Pruning, PruningPlan
 from lightning_quant.schedule import Clock
-from lightning_quant.shrink import Shrunk, shrink_model
+from lightning_quant.shrink import Shrunk, shrink_model, unread_values
 from lightning_quant.sources import read_config
 
 _END = Clock(step=2**62, epoch=2**62, done=1.0, length=1.0)
@@ -82,6 +82,13 @@ class Compresses(EvaluatesAsShipped):
         """All masks at once, where no training follows."""
         if self.masks is not None and not self.masks.step(_END) and self.masks.done == 0:
             rank_zero_warn(f"{type(self).__name__}: these masks need gradients of training steps, and there are none: no masks.")
+        self._mask_unread()
+
+    def _mask_unread(self) -> None:
+        """With the last of the masks, mask what nothing reads any more, where it is to be removed."""
+        masks = self.masks
+        if masks is not None and self._masks_are_made() and masks.plan.options.shrink and self._example is not None:
+            masks.also(unread_values(masks.model, masks.by_target(), self._example, entry=self._entry))
 
     def whole_plan(self) -> str:
         """What will be quantized, masked and taught, as tables."""
@@ -125,7 +132,10 @@ class Compresses(EvaluatesAsShipped):
 
     def _begin_compressed_batch(self, trainer: pl.Trainer, clock: Clock) -> None:
         masks = self.masks
-        if masks is not None and masks.plan.options.pace.done_at(clock) > masks.done and masks.step(clock) and self.verbose:
+        new = masks is not None and masks.plan.options.pace.done_at(clock) > masks.done and masks.step(clock)
+        if masks is not None and new:
+            self._mask_unread()
+        if masks is not None and new and self.verbose:
             whole = f"{masks.done} of {masks.plan.options.pace.steps}"
             rank_zero_info(
                 f"step {trainer.global_step} (epoch {trainer.current_epoch}): masks {whole}, {self.sparsity():.1%} of the "
@@ -193,7 +203,7 @@ class Compresses(EvaluatesAsShipped):
         """`twin`, a copy of the trained model, masked, without the channels that are masked if they are to go."""
         if self.masks is None:
             return twin
-        if not self._masks_are_made():
+        if 0 < self.masks.done < self.masks.plan.options.pace.steps:
             done, of = self.masks.done, self.masks.plan.options.pace.steps
             rank_zero_warn(f"{type(self).__name__}: the fit ended after {done} of {of} updates of its masks.")
         found, parameters = self.masks.by_target(), dict(twin.named_parameters())

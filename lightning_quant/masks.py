@@ -54,6 +54,7 @@ class Masks:
         self._statistics: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._hidden: dict[str, Tensor] = {}
+        self._further: dict[str, Tensor] = {}
         self._acting: list[tuple[str, nn.Module, str, Tensor]] = []
         self._modules = dict(model.named_modules())
         self._check()
@@ -287,7 +288,17 @@ class Masks:
             for own, mask in self._of_parameters(target).items():
                 name = f"{target.module}.{own}" if target.module else own
                 found[name] = mask if name not in found else found[name] & mask.to(found[name].device)
+        for name, mask in self._further.items():
+            found[name] = mask if name not in found else found[name] & mask.to(found[name].device)
         return found
+
+    @torch.no_grad()
+    def also(self, masks: Mapping[str, Tensor]) -> None:
+        """Mask these values from now on, too: bool of the shapes of parameters, by name, True where a value stays."""
+        for name, mask in masks.items():
+            before = self._further.get(name)
+            self._further[name] = mask if before is None else before & mask.to(before.device)
+        self._attach()
 
     def _of_parameters(self, target: MaskedTarget) -> dict[str, Tensor]:
         """What the mask of one target does to the parameters of its module."""
@@ -338,7 +349,8 @@ class Masks:
                 parameter = _own(*owner_of(module, own), name)
                 mask = combined.get(name, torch.ones((), dtype=torch.bool)).to(parameter.device)
                 found[name] = mask.expand(parameter.shape).clone()
-        return found
+        further = {name: mask.clone() for name, mask in self._further.items() if name not in found}
+        return {**found, **further}
 
     def _names(self, target: MaskedTarget, module: nn.Module) -> list[str]:
         if not is_activation(target.target):
@@ -366,6 +378,7 @@ class Masks:
             "statistics": host(self._statistics),
             "counts": dict(self._counts),
             "hidden": host(self._hidden),
+            "further": host(self._further),
             "decisions": self.plan.decisions(),
         }
 
@@ -385,7 +398,7 @@ class Masks:
             )
         self.done, self._counts = state["done"], dict(state["counts"])
         self._masks, self._statistics = dict(state["masks"]), dict(state["statistics"])
-        self._hidden = dict(state["hidden"])
+        self._hidden, self._further = dict(state["hidden"]), dict(state["further"])
         for name, one in self._passing.items():
             one.mask = self._masks.get(name)
         self._acting = [

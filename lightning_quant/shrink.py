@@ -8,6 +8,7 @@ that it does not know for arithmetic, and knows neither unequal groups, channel 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,39 @@ def shrink_model(
         ConfigError: for a mask that fits no parameter, a value that is masked and not 0, or a required layer that cannot shrink.
     """
     model = made_permanent(copy_of(model))  # what torch.nn.utils.prune masks is 0 in the parameter
+    run, flow, cuts = _cuts(model, masks, example_input, entry)
+    problems = _problems(cuts, required)
+    if problems:
+        raise ConfigError("; ".join(problems) + ".")
+    cut_model(model, replace(cuts, ranges=ranges_of(flow, model, cuts)))
+    return Shrunk(
+        model=model,
+        before=run.cost(run.model),
+        after=run.cost(run.cut(cuts)),
+        removed=_removed(flow, cuts),
+        kept=_kept(cuts),
+    )
+
+
+def unread_values(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any, *, entry: str = "") -> dict[str, Tensor]:
+    """Masks of the values that `shrink_model` removes because what they multiply is always 0, by parameter; True stays.
+
+    Such values change nothing but the range of their channel, and with it the grid of a quantized weight. Masked while the
+    model is trained, they are not missed when they go: what ships is then what was validated, bit for bit.
+    """
+    _, _, cuts = _cuts(made_permanent(copy_of(model)), masks, example_input, entry)
+    found: dict[str, Tensor] = {}
+    for name in sorted(cuts.names() - set(cuts.biases)):  # where constants go into a bias, the values that they met count
+        size = cuts.shapes[name]
+        if len(size) > 1:
+            place = torch.arange(1, math.prod(size) + 1, dtype=torch.float64).reshape(size)
+            stays = torch.zeros(math.prod(size) + 1, dtype=torch.bool)
+            stays[cuts.tensor(name, place).flatten().long()] = True
+            found[name] = stays[1:].reshape(size)
+    return found
+
+
+def _cuts(model: nn.Module, masks: Mapping[str, Tensor] | None, example_input: Any, entry: str) -> tuple[_Run, Flow, Cuts]:
     names = first_names(model)
     if masks is None:
         masks = {name: parameter != 0 for name, parameter in model.named_parameters() if parameter.dim() > 1}
@@ -116,18 +150,7 @@ def shrink_model(
     pin_scales(flow, model, names)
     masked = masked_slices(flow, masks)
     cuts = _proven(run, flow, masked)
-    cuts = _try_heads(run, masks, names, cuts)
-    problems = _problems(cuts, required)
-    if problems:
-        raise ConfigError("; ".join(problems) + ".")
-    cut_model(model, replace(cuts, ranges=ranges_of(flow, model, cuts)))
-    return Shrunk(
-        model=model,
-        before=run.cost(run.model),
-        after=run.cost(run.cut(cuts)),
-        removed=_removed(flow, cuts),
-        kept=_kept(cuts),
-    )
+    return run, flow, _try_heads(run, masks, names, cuts)
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
