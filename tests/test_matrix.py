@@ -378,8 +378,6 @@ def same_as_uninterrupted(row: Row, method: str, quiet_trainer: TrainerMaker, tm
 )
 def test_so_it_is_with_masks_and_a_teacher(name: str, quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
     ours = same_as_uninterrupted(ROWS[name], "all", quiet_trainer, tmp_path)
-    assert ours.masks is not None
-    assert ours.masks.sparsity()["conv2.weight"] == 0.5
     assert isinstance(conv := ours.deployed_model.conv2, IntegerLayer)  # type: ignore[union-attr]
     assert conv.weight.shape == (4, 4, 3, 3)
 
