@@ -109,8 +109,9 @@ class ParityReport:
         return "".join(html_table(head, rows, right=right, notes=notes) for head, rows, right, notes in self._tables())
 
     def summary(self) -> str:
-        """One line."""
-        worst = max(self.outputs, key=lambda one: one.relative, default=None)
+        """One line, of the file."""
+        of_file = [one for one in self.outputs if one.pair == self.outputs[0].pair]
+        worst = max(of_file, key=lambda one: one.relative, default=None)
         words = [f"{self.integers - self.different:,} of {self.integers:,} integers equal"] if self.layers else []
         if self.first is not None:
             words[0] += f", first other ones in {self.first.name!r}"
