@@ -105,8 +105,8 @@ def _check_sizes(program: torch.export.ExportedProgram, name: str, args: Any, kw
             program.module()(*on_tensors(twice, args), **on_tensors(twice, kwargs))
     except Exception as error:
         raise ConfigError(
-            f"{name} cannot be exported with free sizes: at twice the example's size it fails ({error}). Have it pool to one size "
-            "before what reads all of it (nn.AdaptiveAvgPool2d, say), or give dynamic_size=False."
+            f"{name} cannot be exported with free sizes: at twice the example's size it fails ({error}). Have it pool to one "
+            "size before what reads all of it (nn.AdaptiveAvgPool2d, say), or give dynamic_size=False."
         ) from error
 
 
