@@ -20,9 +20,11 @@ from conftest import IntegerRecorder, run_recorded
 from numpy.typing import NDArray
 from test_zoo import in_onnxruntime
 from torch import Tensor, nn
+from toys import Net
 
 from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model
 from lightning_quant.export import export_with_reports
+from lightning_quant.prepare import quantizer_state, simulated
 from lightning_quant.program import only_integers_meet_grids, program_of
 from lightning_quant.runtime import EXACT_SUMS
 
@@ -114,6 +116,50 @@ def test_every_integer_of_onnxruntimes_graph_is_ours(name: str, tmp_path: Path) 
     assert others == set()
     assert equal == set(range(len(recorded)))
     assert {kernel: count for kernel, count in kernels.items() if kernel not in _MOVES} == {"QuantizeLinear": 1, **WHOLE[name]}
+
+
+# -- what training simulated ----------------------------------------------------------------------------------------------------
+
+
+def test_c1_c5_simulation_deployed_model_and_onnxruntime_agree(tmp_path: Path) -> None:
+    """Layer by layer within a step and for 99 % equal; accuracy within 0.1 %, 99 % of the classes equal."""
+    x, fresh = torch.randn(256, 3, 8, 8), torch.randn(1000, 3, 8, 8)
+
+    def brightest(images: Tensor) -> Tensor:  # a task that can be learned: which quarter is the brightest
+        return nn.functional.avg_pool2d(images.mean(1), 4).flatten(1).argmax(1)
+
+    net = Net()
+    prepare_model(net, make_plan(net, "int8", example_input=x))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    net.train()
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), brightest(x)).backward()
+        optimizer.step()
+    deployed, ranges = convert_model(net.eval()), quantizer_state(net)
+    seen: dict[str, list[Tensor]] = {"relu1": [], "relu2": []}
+    for name, outputs in seen.items():
+        net.get_submodule(name).register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out.detach().clone()))
+    with torch.no_grad():
+        integers = net(fresh)
+        with simulated(net):
+            simulation = net(fresh)
+        assert torch.equal(integers, deployed(fresh))
+    assert not torch.equal(simulation, integers), "it must be another computation"
+    for name, (a, b) in seen.items():
+        side = ranges[f"conv{name[-1]}._output_"]
+        step = (side["high"] - side["low"]) / 255
+        assert len(a.unique()) > 50
+        assert (a - b).abs().max() <= 1.01 * step
+        assert (a == b).double().mean() >= 0.99
+    path = export_with_reports(deployed, tmp_path / "model.onnx", example_input=x).path
+    found = in_onnxruntime(path, fresh)[0]
+    for one in (integers, found):
+        right, wanted = (int((logits.argmax(1) == brightest(fresh)).sum()) for logits in (one, simulation))
+        assert wanted > 600  # of 250 by chance
+        assert abs(right - wanted) <= 1
+        assert (one.argmax(1) == simulation.argmax(1)).sum() >= 990
+        assert torch.cosine_similarity(one.flatten(), simulation.flatten(), dim=0) >= 0.999
 
 
 # -- trained nets, whole test sets --------------------------------------------------------------------------------------------
