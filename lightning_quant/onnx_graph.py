@@ -289,12 +289,16 @@ def _apart(node: Any) -> list[tuple[Any, int]]:
     """The uses of a tensor that onnxruntime must not fuse with what makes it: (node, input), all of one tensor.
 
     Fused, a grid behind another grid would be rescaled, which moves levels; a float layer between grids would get integer
-    weights of onnxruntime's own; and a stored parameter that is a factor in float arithmetic would have the other factor
-    rounded to 8 bits (MatMulNBits), or its scales of rows taken for those of columns.
+    weights of onnxruntime's own; a stored parameter that is a factor in float arithmetic would have the other factor
+    rounded to 8 bits (MatMulNBits), or its scales of rows taken for those of columns; and QLinearSoftmax, whose table of float32
+    powers reaches 3.4e38 / (148 n) for rows of n, overflows to 0 on a grid whose step is below 1 / (148 n), one of nearly even
+    attention, say (and rounds the reciprocal of the step down).
     """
     if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
         return list(node.outputs[0].uses()) if _multiplied(node.outputs[0]) else []
     source = node.inputs[0].producer() if node.op_type == "QuantizeLinear" else None
+    if source is not None and source.op_type == "Softmax":
+        return [(node, 0)]
     if source is not None and source.op_type == "DequantizeLinear":
         pairs = zip(node.inputs[1:3], source.inputs[1:3], strict=True)
         return [(node, 0)] if any(a is not b and (a.const_value.numpy() != b.const_value.numpy()).any() for a, b in pairs) else []
