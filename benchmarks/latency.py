@@ -16,10 +16,10 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import accuracy
 import onnxruntime
@@ -28,6 +28,7 @@ from eval_time import measure
 from latency_lanes import (
     FILES,
     RUNTIMES,
+    Run,
     Subject,
     accuracy_of,
     int8_share,
@@ -70,7 +71,7 @@ def real_subject(name: str) -> tuple[Subject, tuple[torch.Tensor, torch.Tensor]]
 # -- tables -------------------------------------------------------------------------------------------------------------
 
 
-def print_latency(name: str, size: int, runtime: str, lanes: dict[str, Any], rounds: int) -> None:
+def print_latency(name: str, size: int, runtime: str, lanes: dict[str, Run], rounds: int) -> None:
     torch.manual_seed(2)
     x = torch.randn(size, *NETS[name].shape[1:])
     seconds = measure(lanes, x, rounds)
@@ -114,17 +115,21 @@ def print_profile(path: Path, x: torch.Tensor, runs: int) -> None:
     print(f"    {'all nodes':28}{sum(map(len, kinds.values())):4}{sum(map(sum, kinds.values())):10.3f}", flush=True)
 
 
-def print_accuracy(folder: Path, openvino: bool) -> None:
+def print_accuracy(folder: Path, kinds: Sequence[str]) -> None:
     print(f"\naccuracy in percent, {' '.join(REAL)} of ../shared/data, calibrated on {64 * accuracy.CALIBRATION} training images")
     if not accuracy.DATA.is_dir():
         print(f"absent: there is no {accuracy.DATA}")
         return
-    print(f"{'net':13}{'file':22}{'onnxruntime':>13}{'exact sums':>13}{'OpenVINO':>13}")
+    runs: dict[str, Callable[[Path], Run]] = {
+        "onnxruntime": onnxruntime_run,
+        "exact sums": partial(onnxruntime_run, exact_sums=True),
+        **({"OpenVINO": openvino_run} if "openvino" in kinds else {}),
+    }
+    print(f"{'net':13}{'file':22}" + "".join(f"{title:>13}" for title in runs))
     for name in REAL:
         subject, test = real_subject(name)
-        for key, path in write_files(subject, folder / f"real_{name}").items():
-            found = [accuracy_of(onnxruntime_run(path, exact_sums=exact), test) for exact in (False, True)]
-            found += [accuracy_of(openvino_run(path), test)] if openvino else []
+        for key, path in write_files(subject, folder / f"real_{name}", kinds).items():
+            found = [accuracy_of(make(path), test) for make in runs.values()]
             print(f"{name:13}{FILES[key]:22}" + "".join(f"{one:13.2f}" for one in found), flush=True)
 
 
@@ -133,7 +138,7 @@ def print_accuracy(folder: Path, openvino: bool) -> None:
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="default: 15")
+    parser.add_argument("--rounds", type=int, default=15, help="2 or more (default: 15)")
     parser.add_argument(
         "--nets", nargs="*", choices=NETS, default=list(TIMED), help=f"default: {' '.join(TIMED)}; none: accuracy"
     )
@@ -150,8 +155,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="onnxruntime's time by kind of node, of each file")
     parser.add_argument("--folder", type=Path, help="keep the files here")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds: 1 or more")
+    if options.rounds < 2:
+        parser.error("--rounds: quartiles need 2 or more")
     return options
 
 
@@ -169,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         subjects = {name: timed_subject(name) for name in options.nets}
-        files = {name: write_files(subject, folder / name) for name, subject in subjects.items()}
+        kinds = [key for key in FILES if key != "openvino" or key in runtimes]
+        files = {name: write_files(subject, folder / name, kinds) for name, subject in subjects.items()}
         print(f"{'net':13}{'file':22}{'MB':>9}{'of float':>9}{'in int8':>12}{'work':>10}")
         for name in options.nets:
             print_files(name, files[name])
@@ -185,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"{name}, batch {size}, {FILES[key]}: ms by kind of node (with the profiler)")
                     print_profile(files[name][key], torch.randn(size, *NETS[name].shape[1:]), 20)
         if not options.no_accuracy:
-            print_accuracy(folder, "openvino" in runtimes)
+            print_accuracy(folder, kinds)
 
 
 if __name__ == "__main__":

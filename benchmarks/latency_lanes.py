@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -72,10 +72,10 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def write_files(subject: Subject, folder: Path) -> dict[str, Path]:
-    """The net as .onnx files, by the keys of FILES."""
+def write_files(subject: Subject, folder: Path, kinds: Sequence[str] = tuple(FILES)) -> dict[str, Path]:
+    """The net as .onnx files, by these keys of FILES."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {key: folder / f"{key}.onnx" for key in FILES}
+    paths = {key: folder / f"{key}.onnx" for key in kinds}
     example = subject.batches[0]
     with quiet():
         torch.onnx.export(
@@ -93,7 +93,8 @@ def write_files(subject: Subject, folder: Path) -> dict[str, Path]:
         assert not [n for n in onnx.load(paths["float"]).graph.node if n.op_type == "BatchNormalization"]  # the exporter folds it
         eight = deployed(subject)
         export_model(eight, paths["ours"], example_input=example)
-        export_model(eight, paths["openvino"], example_input=example, profile="openvino")
+        if "openvino" in kinds:
+            export_model(eight, paths["openvino"], example_input=example, profile="openvino")
         export_model(deployed(subject, 7), paths["ours7"], example_input=example, reduce_range=True)
         _quantize_static(paths["float"], paths["static"], subject.batches)
     return paths
@@ -103,7 +104,7 @@ def _quantize_static(source: Path, target: Path, batches: Sequence[Tensor]) -> N
     """onnxruntime's own quantization: QDQ, uint8 activations, int8 weights, a scale for each channel."""
     tool: Any = importlib.import_module("onnxruntime.quantization")
 
-    class Reader(tool.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Reader(tool.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.batches = iter(batches)
 
@@ -189,25 +190,38 @@ def eager_lanes(subject: Subject, files: dict[str, Path], x: Tensor) -> dict[str
 
 
 def inductor_lanes(subject: Subject, files: dict[str, Path], x: Tensor) -> dict[str, Run]:
-    """torch.compile with frozen weights: float, our program lowered by torchao, torchao's own quantization lowered."""
+    """torch.compile with frozen weights: float, our program lowered by torchao, torchao's own quantization lowered.
+
+    What torch or torchao cannot compile is left out, with what they say.
+    """
     dynamo: Any = importlib.import_module("torch._dynamo")
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.freezing = True
     dynamo.reset()
-    with quiet():
-        lanes: dict[str, nn.Module] = {"float": subject.model}
-        if not _needs("torchao")():
-            lowering: Any = importlib.import_module("torchao.quantization.pt2e.lowering")
-            pt2 = files["ours"].with_name(f"batch{len(x)}.pt2")
-            export_model(deployed(subject), pt2, example_input=x, dynamic_batch=False, dialect="quantized_decomposed")
-            ours: Any = torch.export.load(pt2).module()
-            lanes["ours"] = lowering.lower_pt2e_quantized_to_x86(ours, (x,))
-            lanes["torchao PT2E"] = lowering.lower_pt2e_quantized_to_x86(_pt2e(subject, x), (x,))
-        compiled: dict[str, Run] = {title: torch.compile(model) for title, model in lanes.items()}
-        with torch.no_grad():
-            for run in compiled.values():
+
+    def lowered(model: nn.Module) -> nn.Module:
+        lowering: Any = importlib.import_module("torchao.quantization.pt2e.lowering")
+        return cast(nn.Module, lowering.lower_pt2e_quantized_to_x86(model, (x,)))
+
+    def ours() -> nn.Module:
+        path = files["ours"].with_name(f"batch{len(x)}.pt2")
+        export_model(deployed(subject), path, example_input=x, dynamic_batch=False, dialect="quantized_decomposed")
+        return lowered(torch.export.load(path).module())
+
+    makers: dict[str, Callable[[], nn.Module]] = {"float": lambda: subject.model}
+    if not _needs("torchao")():
+        makers |= {"ours": ours, "torchao PT2E": lambda: lowered(_pt2e(subject, x))}
+    lanes: dict[str, Run] = {}
+    for title, make in makers.items():
+        try:
+            with quiet(), torch.no_grad():
+                run = torch.compile(make())
                 run(x)
-    return compiled
+        except RuntimeError as error:
+            print(f"    left out in Inductor: {title} ({' '.join(str(error).split())[:200]})")
+        else:
+            lanes[title] = run
+    return lanes
 
 
 def _pt2e(subject: Subject, x: Tensor) -> nn.Module:

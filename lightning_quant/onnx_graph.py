@@ -320,8 +320,10 @@ def _turn_keys(graph: Any, node: Any) -> None:
     """One Transpose for the keys of attention, where the exporter flattens them, transposes, and reads the old shape again."""
     (ir,) = require("onnx_ir")
     turn = node.inputs[0].producer() if node.op_type == "Reshape" else None
-    flat = turn.inputs[0].producer() if turn is not None and turn.op_type == "Transpose" else None
-    if flat is None or flat.op_type != "Reshape" or list(turn.attributes["perm"].value) != [0, 2, 1] or flat.inputs[0].shape is None:
+    if turn is None or turn.op_type != "Transpose" or list(turn.attributes["perm"].value) != [0, 2, 1]:  # always written
+        return
+    flat = turn.inputs[0].producer()
+    if flat is None or flat.op_type != "Reshape" or flat.inputs[0].shape is None:
         return
     keys, rank = flat.inputs[0], len(flat.inputs[0].shape)
     rows, columns = [rank - 2], [rank - 1]

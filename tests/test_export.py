@@ -70,6 +70,19 @@ def test_onnxruntime_computes_the_same_integers(name: str, tmp_path: Path) -> No
         assert np.array_equal(a, b.numpy())
 
 
+@pytest.mark.parametrize("name", ["affine", "symmetric", "int8 symmetric", "quantized logits"])
+def test_no_tensor_is_put_twice_on_one_grid(name: str, tmp_path: Path) -> None:
+    path = export_model(convert_model(trained(CONFIGS[name])), tmp_path / "model.onnx", example_input=X)
+    nodes = onnx.load(path).graph.node
+    makers = {out: node for node in nodes for out in node.output}
+    again = [node for node in nodes for one in node.input[:1] if one in makers and makers[one].op_type == TWIN.get(node.op_type)]
+    assert not again
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in nodes}
+
+
+TWIN = {"QuantizeLinear": "DequantizeLinear", "Clip": "Clip"}  # what would stand in front of it
+
+
 @pytest.mark.parametrize("name", WHOLLY_INTEGER)
 def test_no_float_convolution_is_left_in_onnxruntime(name: str, tmp_path: Path) -> None:
     export_model(convert_model(trained(CONFIGS[name])), tmp_path / "model.onnx", example_input=X)
