@@ -155,10 +155,16 @@ def onnxruntime_run(path: Path, *, exact_sums: bool = False) -> Run:
 
 
 def onnxruntime_lanes(subject: Subject, files: dict[str, Path], x: Tensor) -> dict[str, Run]:
+    state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     keys = [key for key in FILES if key != "openvino"]
     lanes = {FILES[key]: onnxruntime_run(files[key]) for key in keys}
-    exact = {f"{FILES[key]}, exact sums": onnxruntime_run(files[key], exact_sums=True) for key in keys if key != "float"}
-    return lanes | exact
+    for key in keys[1:]:
+        title = f"{FILES[key]}, exact sums"
+        try:
+            lanes[title] = onnxruntime_run(files[key], exact_sums=True)
+        except state.Fail as error:  # onnxruntime cannot, of files in which two layers share a constant
+            print(f"    left out in onnxruntime: {title} ({str(error).strip()[-60:]})")
+    return lanes
 
 
 def openvino_run(path: Path) -> Run:
