@@ -17,7 +17,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from lanes import LANES
@@ -50,7 +51,7 @@ def eval_models(name: str, lanes: Sequence[str]) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def measure(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, list[float]]:
+def measure(models: Mapping[str, Callable[[Tensor], Any]], x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds of one forward of each lane, by round."""
     seconds: dict[str, list[float]] = {lane: [] for lane in models}
     forwards = max(1, IMAGES // len(x))

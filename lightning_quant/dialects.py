@@ -5,6 +5,10 @@ A layer becomes dequantize, float convolution, quantize, on float biases: what s
 operators multiply by the reciprocal of a scale where ours divide, so that a value near the middle of two levels may come out as
 the other one. Scales for blocks, and grids of one bit, have no such operators; they stay torch's own.
 
+Checked with torchao 0.18: `lower_pt2e_quantized_to_x86` makes an integer kernel of every Conv1d, Conv2d and Linear, and what it
+makes runs, flattened convolutions included (torchao's own quantizer writes programs that then fail at a view). Transposed and
+three-dimensional convolutions stay float there. On a CPU without VNNI its kernels saturate: train weights with 'int7'.
+
 torch registers the operators in `torch.ao.quantization.fx._decomposed`, which torchao imports, too; nothing else of it is used.
 """
 
@@ -129,7 +133,24 @@ def without_pairs(program: torch.export.ExportedProgram) -> torch.export.Exporte
             if low <= had_low and had_high <= high:
                 node.replace_all_uses_with(source.args[0])
                 graph.erase_node(node)
+    _in_order(graph)
     graph.eliminate_dead_code()
     graph.lint()
     program.graph_module.recompile()
     return program
+
+
+def _in_order(graph: torch.fx.Graph) -> None:
+    """Copy what is flattened behind a convolution: the lowering's kernels leave channels last, which no view can flatten."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    if not any(str(node.target).startswith("aten.conv") for node in calls):
+        return
+    for node in calls:
+        value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        flattens = str(node.target).rpartition(".")[0] in ("aten.flatten", "aten.view", "aten.reshape")
+        if flattens and isinstance(value, Tensor) and value.dim() > 2:
+            with graph.inserting_before(node):
+                kind: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                whole = graph.call_function(torch.ops.aten.clone.default, (node.args[0],), kind)
+            whole.meta = dict(node.args[0].meta)
+            node.replace_input_with(node.args[0], whole)

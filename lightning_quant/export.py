@@ -317,13 +317,20 @@ def check_parity(
         dynamic_batch, atol, min_equal: as in `export_model`.
 
     Raises:
-        ConfigError: the file is missing, of no known format, or of another model; no batch.
+        ConfigError: the file is missing, damaged, of no format that can be compared, or of another model; no batch.
         ParityError: a bound is not kept.
     """
     source = Path(path)
     check_format(source.suffix, f"path {os.fspath(path)!r}")
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
+    if source.suffix == WEIGHTS:
+        raise ConfigError(f"path {os.fspath(path)!r}: a {WEIGHTS} file is compared number by number when it is written.")
+    if source.suffix == ".onnx":
+        try:
+            onnxruntime_session(source)
+        except Exception as error:
+            raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
     if prepared is not None and not prepared_groups(prepared):
         raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
     reports: list[ParityReport] = []

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of, replace_module
@@ -97,7 +98,30 @@ def manifest_of(deployed: nn.Module) -> Data:
             shared.append(name)
     if not layers and not owners:
         raise ConfigError(f"{type(deployed).__name__} has no deployed layer; give what convert_model returned.")
-    return {"model": own_class(deployed).__name__, "layers": layers, "idle": idle, "owners": owners, "shared": shared}
+    parts = {"layers": layers, "idle": idle, "owners": owners, "shared": shared, "others": _others(deployed)}
+    return {"model": own_class(deployed).__name__, **parts}
+
+
+def _others(deployed: nn.Module) -> dict[str, str]:
+    """What the modules are that are the user's own, by name: the class, and for torch's the arguments that its text shows."""
+    found: dict[str, str] = {}
+    for _, name, module in _own_names(deployed):
+        if not isinstance(module, IntegerLayer | PartlyIntegerLayer | ActivatedLayer | QuantizedModule):
+            kind = own_class(module)
+            shown = kind.__module__.startswith("torch.nn.") and not issubclass(kind, _DropoutNd)
+            found[name] = f"{kind.__name__}({module.extra_repr()})" if shown else kind.__name__
+    return found
+
+
+def _check_others(net: nn.Module, wanted: Mapping[str, str]) -> None:
+    """Raise a ConfigError that names the first module that is another one than in the file."""
+    found = _others(net)
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"{name or 'the model'!r} is {found.get(name, 'not there')} in this net and was {wanted.get(name, 'not there')} "
+                "when the file was written. Make the net with the arguments that the trained one was made with."
+            )
 
 
 def _sites_data(sites: Sites, owner: nn.Module, stamps: Stamps) -> Data:
@@ -166,6 +190,7 @@ def _rebuilt(net: nn.Module, manifest: Data, state: Mapping[str, Any], places: P
         _found(net, name).__dict__[SHARED] = True
     for data, moved in zip(manifest["owners"], places, strict=True):
         _own(_found(net, data["name"]), data, moved, stamps)
+    _check_others(net, manifest["others"])
     _fill(net, state)
     return net.eval()
 

@@ -51,6 +51,7 @@ class Style:
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, notes: Mapping[str, str]) -> None:
     """Write a program to `path`; `notes` become metadata of the file, beside the work of each node."""
+    (passes,) = require("onnx_ir.passes.common")
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     with _quiet_exporter():
         exported = torch.onnx.export(
@@ -66,6 +67,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, 
     assert exported is not None
     graph = exported.model.graph
     _tidy(graph)
+    for finish in (passes.RemoveUnusedNodesPass(), passes.ShapeInferencePass()):
+        finish(exported.model)
     if style.packed:
         _pack(graph)
     exported.model.metadata_props.update({f"{NOTE}{key}": value for key, value in notes.items()})
@@ -87,10 +90,12 @@ def _tidy(graph: Any) -> None:
         _pool_for_mean(graph, node)
         _look_up_integers(graph, node)
         _stay_on_grid(graph, node)
+        _turn_keys(graph, node)
     for node in list(graph):
-        if node.op_type == "Clip" and _is_needless(node):
+        if node.op_type == "Clip" and (_is_needless(node) or _is_cut(node)):
             node.outputs[0].replace_all_uses_with(node.inputs[0])
             graph.remove(node, safe=True)
+        _drop_pair(graph, node)
     names: dict[str, int] = {}
     for node in list(graph):
         give_name(node, names)
@@ -197,6 +202,35 @@ def _is_needless(clip: Any) -> bool:
     return False
 
 
+def _is_cut(clip: Any) -> bool:
+    """Whether a Clip reads a Clip that cuts as much."""
+    source = clip.inputs[0].producer()
+    if source is None or source.op_type != "Clip":
+        return False
+    least, most, low, high = (value.const_value.numpy() for one in (source, clip) for value in one.inputs[1:3])
+    return bool(low <= least and most <= high)
+
+
+def _drop_pair(graph: Any, node: Any) -> None:
+    """Let what reads integers that were dequantized and put on the same grid again read them as they were.
+
+    onnxruntime drops such pairs itself; OpenVINO computes some of them.
+    """
+    source = node.inputs[0].producer() if node.op_type == "QuantizeLinear" else None
+    if source is None or source.op_type != "DequantizeLinear" or _grids_differ(node, source):
+        return
+    node.outputs[0].replace_all_uses_with(source.inputs[0])
+    graph.remove(node, safe=True)
+    if not source.outputs[0].uses() and not source.outputs[0].is_graph_output():
+        graph.remove(source, safe=True)
+
+
+def _grids_differ(node: Any, source: Any) -> bool:
+    """Whether scale or zero point of two nodes are other numbers."""
+    pairs = zip(node.inputs[1:3], source.inputs[1:3], strict=True)
+    return any(a is not b and (a.const_value.numpy() != b.const_value.numpy()).any() for a, b in pairs)
+
+
 def _ends_in_grids(value: Any) -> bool:
     """Whether all that reads a value rounds it to a grid, or moves it to where that happens."""
     users = [user for user, _ in value.uses()]
@@ -233,7 +267,7 @@ def _take_place(graph: Any, node: Any, value: Any) -> None:
             graph.outputs[index] = value
     value.name = old.name
     inputs = [source for source in node.inputs if source is not None]
-    graph.remove(node, safe=False)
+    graph.remove(node, safe=True)
     for source in inputs:
         maker = source.producer()
         if maker is not None and maker.op_type == "DequantizeLinear" and not source.uses():
@@ -282,6 +316,48 @@ def _pool_for_mean(graph: Any, node: Any) -> None:
     _take_place(graph, node, last.outputs[0])
 
 
+def _turn_keys(graph: Any, node: Any) -> None:
+    """One Transpose for the keys of attention, where the exporter flattens them, transposes, and reads the old shape again."""
+    (ir,) = require("onnx_ir")
+    turn = node.inputs[0].producer() if node.op_type == "Reshape" else None
+    if turn is None or turn.op_type != "Transpose" or list(turn.attributes["perm"].value) != [0, 2, 1]:  # always written
+        return
+    flat = turn.inputs[0].producer()
+    if flat is None or flat.op_type != "Reshape" or flat.inputs[0].shape is None:
+        return
+    keys, rank = flat.inputs[0], len(flat.inputs[0].shape)
+    rows, columns = [rank - 2], [rank - 1]
+    before, after = (_axes_in(one.inputs[1], keys, rank) for one in (flat, node))
+    if rank < 3 or before != [None, rows, columns] or after != [list(range(rank - 2)), columns, rows]:
+        return
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    turned = ir.node("Transpose", [keys], {"perm": order})
+    turned.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, turned)
+    _take_place(graph, node, turned.outputs[0])
+    turned.outputs[0].shape = ir.Shape([keys.shape[axis] for axis in order])
+
+
+def _axes_in(shape: Any, value: Any, rank: int) -> list[list[int] | None]:
+    """For each part that a shape is put together of: the dimensions of `value` that it holds, None where it is not of those."""
+    maker = shape.producer()
+    return [] if maker is None or maker.op_type != "Concat" else [_axes_of(part, value, rank) for part in maker.inputs]
+
+
+def _axes_of(part: Any, value: Any, rank: int) -> list[int] | None:
+    cut = part.producer()
+    whole = cut.inputs[0].producer() if cut is not None and cut.op_type == "Slice" else None
+    if whole is None or whole.op_type != "Shape" or whole.inputs[0] is not value:
+        return None
+    if "end" in whole.attributes or ("start" in whole.attributes and whole.attributes["start"].value):
+        return None
+    ends = [end.const_value for end in cut.inputs[1:]]
+    if len(ends) not in (2, 3) or any(end is None for end in ends):
+        return None
+    start, end = (int(one.numpy().item()) for one in ends[:2])
+    return list(range(rank))[start:end]
+
+
 _MOVES = ("Concat", "Expand", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
@@ -289,15 +365,18 @@ def _apart(node: Any) -> list[tuple[Any, int]]:
     """The uses of a tensor that onnxruntime must not fuse with what makes it: (node, input), all of one tensor.
 
     Fused, a grid behind another grid would be rescaled, which moves levels; a float layer between grids would get integer
-    weights of onnxruntime's own; and a stored parameter that is a factor in float arithmetic would have the other factor
-    rounded to 8 bits (MatMulNBits), or its scales of rows taken for those of columns.
+    weights of onnxruntime's own; a stored parameter that is a factor in float arithmetic would have the other factor
+    rounded to 8 bits (MatMulNBits), or its scales of rows taken for those of columns; and QLinearSoftmax, whose table of float32
+    powers reaches 3.4e38 / (148 n) for rows of n, overflows to 0 on a grid whose step is below 1 / (148 n), one of nearly even
+    attention, say (and rounds the reciprocal of the step down).
     """
     if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
         return list(node.outputs[0].uses()) if _multiplied(node.outputs[0]) else []
     source = node.inputs[0].producer() if node.op_type == "QuantizeLinear" else None
+    if source is not None and source.op_type == "Softmax":
+        return [(node, 0)]
     if source is not None and source.op_type == "DequantizeLinear":
-        pairs = zip(node.inputs[1:3], source.inputs[1:3], strict=True)
-        return [(node, 0)] if any(a is not b and (a.const_value.numpy() != b.const_value.numpy()).any() for a, b in pairs) else []
+        return [(node, 0)] if _grids_differ(node, source) else []
     return [(node, 0)] if node.op_type != "MatMul" and _in_floats(node) and _dequantized(node.inputs[0]) else []
 
 

@@ -55,7 +55,7 @@ def program_of(
         dynamic_size: dimensions 2 and up are free on every input.
 
     Raises:
-        ConfigError: if there is no tensor in the example or the forward cannot be exported.
+        ConfigError: if there is no tensor in the example, the forward cannot be exported, or it does not take other sizes.
     """
     args, kwargs = split_example(example_input)
     first = next(tensors_in((args, kwargs)), None)
@@ -74,7 +74,7 @@ def program_of(
         args, kwargs = copied(args), copied(kwargs)
     try:
         with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except torch._dynamo.exc.UserError as error:
         free, option = ("free sizes", "dynamic_size") if dynamic_size else ("a free batch size", "dynamic_batch")
         raise ConfigError(
@@ -85,6 +85,28 @@ def program_of(
         raise ConfigError(
             f"torch.export cannot export {type(model).__name__}: {error}. If its forward fixes the batch size, give "
             "dynamic_batch=False."
+        ) from error
+    if dynamic_size:
+        _check_sizes(program, type(model).__name__, args, kwargs)
+    return program
+
+
+def _check_sizes(program: torch.export.ExportedProgram, name: str, args: Any, kwargs: Any) -> None:
+    """Raise a ConfigError unless the program takes twice the size, too.
+
+    torch.export takes a size for free where it is bound to another: height times width, by a layer that reads all pixels.
+    """
+
+    def twice(tensor: Tensor) -> Tensor:
+        return tensor.repeat(1, 1, *[2] * (tensor.dim() - 2)) if tensor.dim() > 2 else tensor.clone()
+
+    try:
+        with torch.no_grad():
+            program.module()(*on_tensors(twice, args), **on_tensors(twice, kwargs))
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be exported with free sizes: at twice the example's size it fails ({error}). Have it pool to one "
+            "size before what reads all of it (nn.AdaptiveAvgPool2d, say), or give dynamic_size=False."
         ) from error
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
+import accuracy
 import eval_time
+import latency
 import memory
 import pytest
 import ranks
 import step_time
 import torch
 from lanes import LANES, present
+from latency_lanes import FILES, RUNTIMES, accuracy_of, deployed, onnxruntime_run, write_files
 from timed_nets import NETS, layers_of
 from torch import nn
 
@@ -187,3 +191,51 @@ def test_eval_models_compute_what_they_stand_for() -> None:
         outputs = {lane: model(x) for lane, model in models.items()}
     assert torch.equal(outputs["ours"], outputs["deployed"])
     assert 0 < (outputs["ours"] - outputs["float"]).abs().max() < 0.1
+
+
+# -- latency ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "runtimes", "layers"),
+    [("mlp", ["onnxruntime"], 4), pytest.param("mnist", ["onnxruntime", "eager"], 4, marks=pytest.mark.slow)],
+)
+def test_latency_prints_files_and_lanes_beside_float(
+    name: str, runtimes: list[str], layers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "DATA", Path("/nowhere"))
+    latency.main(["--nets", name, "--rounds", "2", "--batches", "1", "--runtimes", *runtimes, "--profile"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith(f"{name}  ")]
+    titles = [title for key, title in FILES.items() if key != "openvino"]
+    sizes = {row[13:35].strip(): row[35:].split() for row in rows[: len(titles)]}
+    assert list(sizes) == titles
+    assert [sizes[title][2:5] for title in titles] == [["0", "of", str(layers)], *3 * [[str(layers), "of", str(layers)]]]
+    assert all(0.25 < float(sizes[title][1]) < 0.27 for title in titles[1:])
+    assert [sizes[title][5:] for title in titles] == [[], ["100.0%"], ["100.0%"], []]
+    lanes = [(row[19:32].strip(), row[32:66].strip(), row[66:].split()) for row in rows[len(titles) :]]
+    expected = [("onnxruntime", title) for title in (*titles, *(f"{title}, exact sums" for title in titles[1:]))]
+    if "eager" in runtimes:
+        expected += [("eager torch", title) for title in ("float", "ours", "ours, 7-bit weights")]
+    assert [(runtime, title) for runtime, title, _ in lanes] == expected
+    assert [len(numbers) for _, _, numbers in lanes] == [1 if title == "float" else 4 for _, title in expected]
+    assert all(float(number) > 0 for _, _, numbers in lanes for number in numbers)
+    assert printed.count("QGemm ") == 2  # ours, quantize_static
+    assert "absent: there is no /nowhere" in printed
+
+
+def test_latency_says_what_is_left_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RUNTIMES, "openvino", RUNTIMES["openvino"]._replace(missing=lambda: "openvino is not installed"))
+    latency.main(["--nets", "--runtimes", "openvino", "--no-accuracy"])
+    assert "left out: OpenVINO (openvino is not installed)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared")
+def test_files_of_a_trained_net_keep_its_accuracy(tmp_path: Path) -> None:
+    subject, test = latency.real_subject("photos")
+    files = write_files(subject, tmp_path)
+    found = {key: accuracy_of(onnxruntime_run(path, exact_sums=True), test) for key, path in files.items()}
+    assert found["float"] == pytest.approx(accuracy.accuracy(subject.model, test))
+    assert found["ours"] == found["openvino"] == accuracy.accuracy(deployed(subject), test)
+    assert min(found.values()) > found["float"] - 1

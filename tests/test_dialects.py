@@ -13,9 +13,19 @@ from test_convert import CONFIGS
 from test_convert import trained as trained_net
 from test_zoo import assert_close, called, output_steps, trained
 from torch import nn
+from toys import Net
 from zoo import ZOO
 
-from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, load_deployed
+from lightning_quant import (
+    ConfigError,
+    ParityError,
+    QuantFusionCallback,
+    convert_model,
+    export_model,
+    load_deployed,
+    make_plan,
+    prepare_model,
+)
 from lightning_quant.record import split_example
 from lightning_quant.targets import tensors_in
 
@@ -27,6 +37,16 @@ def written(deployed: nn.Module, path: Path, example: Any, **options: Any) -> Co
     """Export in the dialect; how often each operator is called."""
     export_model(deployed, path, example_input=example, dialect="quantized_decomposed", **options)
     return Counter(str(node.target) for node in torch.export.load(path).graph.nodes if node.op == "call_function")
+
+
+def after_steps(net: nn.Module, config: Any, example: torch.Tensor) -> nn.Module:
+    """The deployed net after two forwards in training."""
+    prepare_model(net, make_plan(net, config, example_input=example))
+    net.train()
+    with torch.no_grad():
+        for _ in range(2):
+            net(example)
+    return convert_model(net.eval())
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -78,6 +98,35 @@ def test_it_is_an_option_of_the_callback_and_its_bound_can_be_set(tmp_path: Path
     with pytest.raises(ParityError, match="differs from the deployed model's by"):
         written(deployed, tmp_path / "model.pt2", X, atol=-1.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_flattened_behind_a_convolution_is_copied_first(tmp_path: Path) -> None:
+    """An integer convolution of torchao's leaves channels last, where a view of all of them fails."""
+    path = tmp_path / "model.pt2"
+    written(convert_model(trained_net(CONFIGS["default"])), path, X)
+    program = torch.export.load(path)
+    views = [node for node in program.graph.nodes if "flatten" in str(node.target) or "view" in str(node.target)]
+    assert len(views) == 1
+    assert views[0].args[0].target is torch.ops.aten.clone.default
+    assert views[0].args[0].kwargs == {"memory_format": torch.contiguous_format}
+    linear = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Flatten(1), nn.Linear(24, 4))  # nothing to be copied in it
+    ops = written(after_steps(linear, "int8", torch.randn(5, 3, 6)), tmp_path / "linear.pt2", torch.randn(5, 3, 6))
+    assert not [op for op in ops if op.startswith("aten.clone")]
+
+
+def test_torchao_runs_what_it_lowered(tmp_path: Path) -> None:
+    """Weights of 7 bits: the integers are the deployed model's on a CPU without VNNI, too."""
+    lowering = pytest.importorskip("torchao.quantization.pt2e.lowering")
+    targets = {"_input_": {}, "weight": {"quant_dtype": "int7"}, "_output_": {}}
+    net = Net()
+    deployed = after_steps(net, [{"op_types": ["Conv2d", "Linear"], "target_settings": targets}], X)
+    written(deployed, tmp_path / "model.pt2", X, dynamic_batch=False)
+    lowered = lowering.lower_pt2e_quantized_to_x86(load_deployed(tmp_path / "model.pt2").program, (X,))
+    ops = Counter(str(node.target).partition(".default")[0] for node in lowered.graph.nodes)
+    assert (ops["onednn.qconv_pointwise"], ops["onednn.qlinear_pointwise"]) == (2, 1)
+    with torch.no_grad():
+        found, wanted = lowered(X), deployed(X)
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()
 
 
 def test_torchao_lowers_every_layer_to_an_integer_kernel(tmp_path: Path) -> None:

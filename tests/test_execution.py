@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from test_convert import CONFIGS, trained
 from test_mnist import optimized_ops
 from test_parity import X, after_steps
@@ -149,6 +151,34 @@ def test_the_share_counts_free_sizes_as_in_the_example(tmp_path: Path) -> None:
     assert fixed is not None
     assert free is not None
     assert [node.multiply_adds for node in free.products] == [node.multiply_adds for node in fixed.products] == [36 * 4 * 27, 8]
+
+
+class Attention(nn.Module):
+    """Two heads of four channels over five tokens."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.causal = nn.Linear(8, 24), nn.Linear(8, 8), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(x.shape[0], 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(x.shape))
+        return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_two_products_of_known_work_and_one_transpose_of_its_keys(causal: bool, tmp_path: Path) -> None:
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(1))
+    deployed = convert_model(after_steps(Attention(causal), [{"op_names": ["qkv"]}], x))
+    exported = export_with_reports(deployed, tmp_path / "model.onnx", example_input=x, atol=1e-5)
+    assert exported.execution is not None
+    work = {(node.module, node.multiply_adds) for node in exported.execution.products}
+    assert work == {("qkv", 5 * 8 * 24), ("", 2 * 5 * 5 * 4), ("proj", 5 * 8 * 8)}
+    assert len(exported.execution.products) == 4
+    assert "not known" not in exported.execution.summary()
+    ops = Counter(node.op_type for node in onnx.load(exported.path).graph.node)
+    assert ops["Transpose"] <= 4  # the heads to the front, the keys, the heads back, the float weight
+    assert "Shape" not in ops or causal  # a mask is made for the length that comes
 
 
 def test_unknown_work_in_float_keeps_no_bound() -> None:

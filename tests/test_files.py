@@ -221,6 +221,11 @@ def _zip(path: Path) -> None:
         archive.writestr("word/document.xml", "text")
 
 
+def _onnx(path: Path) -> None:
+    deployed = convert_model(trained(CONFIGS["default"]))
+    export_model(deployed, path.with_suffix(".onnx"), example_input=X).rename(path)
+
+
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -230,6 +235,10 @@ def _zip(path: Path) -> None:
         ("model.pt", lambda path: torch.save(Net().state_dict(), path), "our mark is not in it"),
         ("model.pt", lambda path: torch.save([1], path), "it holds a list"),
         ("model.pt", lambda path: torch.save(Net().state_dict(), path, _use_new_zipfile_serialization=False), "not a zip"),
+        ("model.pt", lambda path: torch.save(Net(), path), "Weights only load failed"),
+        ("model.pt2", lambda path: torch.save(Net(), path), "our mark is not in it"),
+        ("model.pt", lambda path: torch.save({"state_dict": Net().state_dict(), "epoch": 1}, path), "our mark is not in it"),
+        ("model.pt2", _onnx, "not a zip"),
         ("model.pt", _program, ""),
         ("model.pt", _zip, ""),
     ],
@@ -345,6 +354,14 @@ def test_a_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OSError, match=r"(File exists|Not a directory)"):
         export_model(convert_model(trained(CONFIGS["default"])), tmp_path / "out" / "model.pt", example_input=X)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pt2", ".onnx"])
+def test_a_target_that_is_a_folder_is_said_and_nothing_is_left_beside_it(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"model{suffix}").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        export_model(convert_model(trained(CONFIGS["default"])), tmp_path / f"model{suffix}", example_input=X)
+    assert [one.name for one in tmp_path.iterdir()] == [f"model{suffix}"]
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

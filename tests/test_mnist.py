@@ -153,12 +153,18 @@ def with_integer_outputs(path: Path, target: Path) -> list[str]:
     return names
 
 
+def without_repeats(integers: list[Tensor]) -> list[Tensor]:
+    """Those that are no copy of one before: the file reads a tensor where the model puts it on its own grid again."""
+    return [one for place, one in enumerate(integers) if not any(torch.equal(one, before) for before in integers[:place])]
+
+
 def test_onnxruntime_equals_deployed_on_every_image_and_integer(run: Run, tmp_path: Path) -> None:
     names = with_integer_outputs(run.folder / "model.onnx", tmp_path / "all.onnx")
     session = onnxruntime_session(tmp_path / "all.onnx")
     different = classes = compared = 0
     for part in run.images.split(1000):
         expected, integers = run_recorded(run.deployed, part)
+        integers = without_repeats(integers)
         output, *found = session.run(None, {session.get_inputs()[0].name: part.numpy()})
         assert len(found) == len(integers) == len(names)
         for a, b in zip(found, integers, strict=True):

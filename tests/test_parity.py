@@ -30,6 +30,7 @@ from lightning_quant import (
     make_plan,
     prepare_model,
 )
+from lightning_quant.execution import execution_report
 from lightning_quant.export import check_parity, export_with_reports, onnxruntime_session
 from lightning_quant.onnx_graph import write_onnx
 from lightning_quant.parity import layer_parity, output_parity, outputs_parity
@@ -182,6 +183,28 @@ def test_check_parity_refuses(tmp_path: Path) -> None:
         check_parity(deployed, tmp_path / "model.bin", [X])
     with pytest.raises(ConfigError, match="prepared: Net is not prepared"):
         check_parity(deployed, path, [X], prepared=deployed)
+    with pytest.raises(ConfigError, match=r"weights\.pt': a \.pt file is compared number by number when it is written"):
+        check_parity(deployed, export_model(deployed, tmp_path / "weights.pt"), [X])
+    whole = export_model(deployed, tmp_path / "model.onnx", example_input=X).read_bytes()
+    for content in (b"", whole[:3000], path.read_bytes()):  # nothing, a part, a program under this name
+        (tmp_path / "model.onnx").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"model\.onnx' is damaged, or no \.onnx file: onnxruntime says"):
+            check_parity(deployed, tmp_path / "model.onnx", [X])
+        with pytest.raises(ConfigError, match=r"model\.onnx' is no \.onnx file that export_model wrote, or is damaged"):
+            execution_report(tmp_path / "model.onnx")
+
+
+def test_a_flipped_bit_in_a_weight_of_an_onnx_file_is_named(tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / "model.onnx", example_input=X)
+    model = onnx.load(path)
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "conv2.weight")
+    content = bytearray(weight.raw_data)
+    content[7] ^= 0x40
+    weight.raw_data = bytes(content)
+    onnx.save(model, path)
+    with pytest.raises(ParityError, match=r"the file was not changed\. The first layer that differs is 'conv2'"):
+        check_parity(deployed, path, [X])
 
 
 # -- differences, by hand ---------------------------------------------------------------------------------------------------

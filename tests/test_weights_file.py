@@ -251,6 +251,24 @@ def more() -> nn.Module:
     return net
 
 
+def parameter() -> nn.Module:
+    net = Net()
+    net.extra = nn.Parameter(torch.ones(2))
+    return net
+
+
+def averaging() -> nn.Module:
+    net = Net()
+    net.pool = nn.AvgPool2d(2)  # type: ignore[assignment]
+    return net
+
+
+def pooled_wider() -> nn.Module:
+    net = Net()
+    net.pool = nn.MaxPool2d(2, padding=1)
+    return net
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
@@ -259,7 +277,10 @@ def more() -> nn.Module:
         (strided, r"'conv1' is Geometry.*stride=\(2, 2\).* in this net and was Geometry"),
         (lacking, "this net has no module 'fc', which the file has numbers for"),
         (exchanged, "'conv1' is a Identity in this net, where the file has a conv layer"),
-        (more, "this net does not take the numbers of the file.*extra.weight"),
+        (more, r"'extra' is Linear\(in_features=2, .*\) in this net and was not there when the file was written"),
+        (parameter, "this net does not take the numbers of the file.*extra"),
+        (averaging, r"'pool' is AvgPool2d\(kernel_size=2, .*\) in this net and was MaxPool2d\(kernel_size=2, .*padding=0"),
+        (pooled_wider, r"'pool' is MaxPool2d\(.*padding=1.*\) in this net and was MaxPool2d\(.*padding=0"),
     ],
 )
 def test_a_net_that_does_not_fit_is_refused_by_the_layer(net: Any, message: str, tmp_path: Path) -> None:
