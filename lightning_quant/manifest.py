@@ -25,6 +25,7 @@ from lightning_quant.group import own_class
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.intercept import SITES, Deployed, Done, RoundedOperator, Sites, disown, is_owner, own
 from lightning_quant.layer_data import Data, Stamps, layer_data, made_layer, made_operator, operator_data, other_shape
+from lightning_quant.narrow import CUTS, cut_alike
 from lightning_quant.plan import forward_graph
 from lightning_quant.prepare import restore_model, take_no_fast_path
 from lightning_quant.sites import SHARED, Operator, Site
@@ -96,10 +97,11 @@ def manifest_of(deployed: nn.Module) -> Data:
             owners.append({"name": name, **_sites_data(module.__dict__[SITES], module, stamps)})
         if SHARED in module.__dict__:
             shared.append(name)
-    if not layers and not owners:
+    cuts = deployed.__dict__.get(CUTS)
+    if not layers and not owners and cuts is None:
         raise ConfigError(f"{type(deployed).__name__} has no deployed layer; give what convert_model returned.")
     parts = {"layers": layers, "idle": idle, "owners": owners, "shared": shared, "others": _others(deployed)}
-    return {"model": own_class(deployed).__name__, **parts}
+    return {"model": own_class(deployed).__name__, **parts, "cuts": cuts}
 
 
 def _others(deployed: nn.Module) -> dict[str, str]:
@@ -159,6 +161,8 @@ def rebuilt(model: nn.Module, manifest: Data, state: Mapping[str, Any], *, examp
     if found != manifest["model"]:
         raise ConfigError(f"the file was written of a {manifest['model']}, and model is a {found}.")
     net = restore_model(copy_of(model)).to("cpu").eval()
+    if manifest["cuts"] is not None:
+        cut_alike(net, manifest["cuts"])
     return _rebuilt(net, manifest, state, _places(net, manifest["owners"], example_input))
 
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lightning_quant.methods import LsqWeight
 from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizers_of
 from lightning_quant.quantizers import ActivationQuantizer
 from lightning_quant.targets import is_input
-from lightning_quant.units import OUT, Flow
+from lightning_quant.units import OUT, Conv, Flow
 from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer
 
 
@@ -29,6 +30,52 @@ def first_names(model: nn.Module) -> dict[str, str]:
     first = {id(tensor): name for name, tensor in stored_tensors(model).items()}
     every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: first[id(tensor)] for name, tensor in every}
+
+
+# -- what was cut out of a model, kept with it ------------------------------------------------------------------------
+
+CUTS = "_lightning_quant_cuts"  # in the `__dict__` of a model that was made smaller, so that a net of its class can be, too
+
+
+def keep_cuts(model: nn.Module, small: nn.Module, cuts: Cuts) -> None:
+    """Note in `small` what was cut out of `model`, where their tensors have other names in it: the names are those in `small`."""
+    own, tensors = first_names(model), dict(stored_tensors(model))
+    first = {id(tensor): name for name, tensor in tensors.items()}
+    names = {first[id(tensor)]: name for name, tensor in stored_tensors(small).items() if id(tensor) in first}
+    heads = {id(module): name for name, module in small.named_modules()}
+    small.__dict__[CUTS] = {
+        "gone": [(names[name], dim, gone) for (name, dim), gone in cuts.gone.items() if name in names],
+        "convs": {names[name]: asdict(conv) for name, conv in cuts.convs.items() if name in names},
+        "biases": [names[own[name]] for name, (bias, _) in cuts.biases.items() if not bias and own[name] in names],
+        "heads": {heads[id(model.get_submodule(name))]: gone for name, gone in cuts.heads.items()},
+        "norms": {heads[id(model.get_submodule(name))]: count for name, count in cuts.norms.items()},
+    }
+
+
+def cut_alike(net: nn.Module, data: Mapping[str, Any]) -> None:
+    """Cut out of a float net, in place, what `keep_cuts` noted of another one of its class; new biases are 0."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(net).items()}
+    wrong = [name for name, dim, gone in data["gone"] if isinstance(dim, int) and shapes.get(name, (-1,) * 9)[dim] != len(gone)]
+    missing = [name for name in (*data["convs"], *data["biases"]) if name not in shapes]
+    if wrong or missing:
+        name = (wrong + missing)[0]
+        raise ConfigError(
+            f"{name!r} has shape {shapes.get(name, 'none')} in this net, and the file's was made smaller from another one. Make "
+            "the net with the arguments that the trained one was made with; it is made smaller here."
+        )
+    cuts = Cuts(
+        gone={(name, dim): gone for name, dim, gone in data["gone"]},
+        convs={name: Conv(**conv) for name, conv in data["convs"].items()},
+        biases={name: ("", torch.zeros(_outputs(shapes[name], data["convs"].get(name)))) for name in data["biases"]},
+        heads=dict(data["heads"]),
+        norms=dict(data["norms"]),
+        shapes=shapes,
+    )
+    cut_model(net, cuts)
+
+
+def _outputs(shape: tuple[int, ...], conv: Mapping[str, Any] | None) -> int:
+    return shape[0] if conv is None else int(conv["outputs"])
 
 
 # -- the ranges of a prepared model -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lightning_quant.convert import copy_of, made_permanent
 from lightning_quant.cuts import Cuts, find_cuts, masked_slices, units_of
 from lightning_quant.flow import follow, stored_tensors
 from lightning_quant.heads import add_heads
-from lightning_quant.narrow import cut_model, first_names, norms_of, pin_scales, ranges_of
+from lightning_quant.narrow import cut_model, first_names, keep_cuts, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
 from lightning_quant.record import moved, split_example, undisturbed
 from lightning_quant.tables import text_table
@@ -109,6 +109,7 @@ def shrink_model(
     problems = _problems(cuts, required)
     if problems:
         raise ConfigError("; ".join(problems) + ".")
+    keep_cuts(model, model.get_submodule(entry), cuts)
     cut_model(model, replace(cuts, ranges=ranges_of(flow, model, cuts)))
     return Shrunk(
         model=model,
