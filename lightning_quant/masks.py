@@ -27,7 +27,7 @@ from lightning_quant.prepare import drop_deployed_layers
 from lightning_quant.pruning import METRICS, Evidence, Metric, blocks_of, global_masks, n_of_m, one_mask, reduced, spread
 from lightning_quant.pruning_plan import MaskedTarget, Pruning, PruningPlan, Unit
 from lightning_quant.schedule import Clock
-from lightning_quant.targets import is_activation, owner_of
+from lightning_quant.targets import Arguments, is_activation, is_input, owner_of
 
 
 class Masks:
@@ -61,7 +61,8 @@ class Masks:
         by_module: dict[str, list[PassingMask]] = {}
         for target in plan.targets:
             if target.values is None:
-                one = PassingMask(target.name, target.target, target.spec.granularity, target.spec.apply_method)
+                argument = Arguments(type(self._modules[target.module])).find(target.target) if is_input(target.target) else None
+                one = PassingMask(target.name, target.target, argument, target.spec.granularity, target.spec.apply_method)
                 self._passing[target.name] = one
                 by_module.setdefault(target.module, []).append(one)
         for name, masks in by_module.items():
