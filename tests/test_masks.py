@@ -581,8 +581,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "align in a circle": (
         both(align("weight", "fc2"), align("weight", "fc1")),
         (
-            "pruning[0]: align goes round in a circle: fc1.weight -> fc2.weight -> fc1.weight; one of them must have a mask of its "
-            "own."
+            "pruning[0]: align goes round in a circle: fc1.weight -> fc2.weight -> fc1.weight; one of them must have a mask of "
+            "its own."
         ),
     ),
     "align to itself": (
@@ -611,8 +611,8 @@ WRONG: dict[str, tuple[Any, str]] = {
             {"sparse_ratio": 0.25, "dependency_group_id": 1, "granularity": "in_channel"},
         ),
         (
-            "pruning[1]: fc1.weight and fc2.weight: dependency_group_id 1 share one mask, but have sparse_ratio 0.5 and 0.25; make "
-            "them"
+            "pruning[1]: fc1.weight and fc2.weight: dependency_group_id 1 share one mask, but have sparse_ratio 0.5 and 0.25; "
+            "make them"
         ),
     ),
     "global group of other ratios": (
