@@ -352,24 +352,24 @@ class Prunes(pl.Callback):
 PRUNING = {"config_list": [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5, "metric": "taylor"}], "updates": 3}
 
 
-def fit(make: Callable[..., Trainer], epochs: int, ckpt: Path | None = None, **options: Any) -> tuple[Lit, Prunes, Any]:
+def fit(make: Callable[..., Trainer], folder: Path, ckpt: Path | None = None) -> tuple[Lit, Prunes, Any]:
     torch.manual_seed(0)
+    saves = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     module, prunes, quant = Lit(), Prunes(PRUNING), QuantFusionCallback([{"op_types": ["Conv2d", "Linear"]}], verbose=0)
-    more = options.pop("callbacks", [])
-    trainer = make(max_epochs=epochs, num_sanity_val_steps=0, callbacks=[prunes, quant, *more], **options)
+    options: dict[str, Any] = {"num_sanity_val_steps": 0, "enable_checkpointing": True, "accumulate_grad_batches": 2}
+    trainer = make(max_epochs=3, callbacks=[prunes, quant, saves], **options)
     trainer.fit(module, loader(128), loader(16), ckpt_path=ckpt)
     return module, prunes, quant
 
 
 def test_prune_and_quantize_in_one_fit_and_resume(quiet_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
-    saves = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    whole, prunes, quant = fit(quiet_trainer, 3, callbacks=[saves], enable_checkpointing=True, accumulate_grad_batches=2)
+    whole, prunes, quant = fit(quiet_trainer, tmp_path)
     assert prunes.masks is not None and prunes.masks.done == 3
     rows = prunes.masks.by_target()["conv1.weight"].flatten(1).any(1)
     assert int(rows.sum()) == 4 and "fc.weight" not in prunes.masks.by_target()
     layer: Any = quant.deployed_model.conv1
     assert torch.equal(layer.weight.flatten(1).any(1), rows)
-    again, resumed, _ = fit(quiet_trainer, 3, tmp_path / "step=3.ckpt", accumulate_grad_batches=2)
+    again, resumed, _ = fit(quiet_trainer, tmp_path / "again", tmp_path / "step=3.ckpt")
     assert resumed.masks is not None and resumed.pending["done"] == 1 and resumed.pending["statistics"]
     for (name, one), (_, other) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
