@@ -49,6 +49,7 @@ class Masks:
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
         self.model, self.plan = model, plan
         self.done = 0  # how many updates there were
+        self._pace = plan.options.pace
         self._targets = {target.name: target for target in plan.targets}
         self._masks: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -93,7 +94,7 @@ class Masks:
 
         Nothing happens after the last update.
         """
-        if self.done >= self.plan.options.pace.steps:
+        if self.done >= self._pace.steps:
             return
         for name, target in self._targets.items():
             if not target.scored:
@@ -129,15 +130,14 @@ class Masks:
             self._statistics.update(zip(names, parts, strict=True))
 
     def step(self, clock: Clock) -> bool:
-        """Make new masks where the schedule has an update before the training step at `clock`, then apply all.
+        """Make new masks where the schedule has an update before the training step at `clock`, and apply them.
 
         Metrics that need gradients wait for the first of them. Returns whether masks were made.
         """
-        due = self.plan.options.pace.done_at(clock)
+        due = self._pace.done_at(clock) if self.done < self._pace.steps else self.done
         new = due > self.done and self._has_evidence()
         if new:
             self._update(due)
-        self.apply()
         return new
 
     def _has_evidence(self) -> bool:
@@ -159,7 +159,7 @@ class Masks:
 
     @torch.no_grad()
     def _update(self, due: int) -> None:
-        share = self.plan.options.pace.share_after(due)
+        share = self._pace.share_after(due)
         scores = {
             name: self._score(target, due)
             for name, target in self._targets.items()

@@ -370,7 +370,7 @@ def test_prune_and_quantize_in_one_fit_and_resume(quiet_trainer: Callable[..., T
     assert int(rows.sum()) == 4 and "fc.weight" not in prunes.masks.by_target()
     layer: Any = quant.deployed_model.conv1
     assert torch.equal(layer.weight.flatten(1).any(1), rows)
-    again, resumed, _ = fit(quiet_trainer, tmp_path / "again", tmp_path / "step=3.ckpt")
+    again, resumed, _ = fit(quiet_trainer, tmp_path / "again", tmp_path / "step=4.ckpt")
     assert resumed.masks is not None and resumed.pending["done"] == 1 and resumed.pending["statistics"]
     for (name, one), (_, other) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
