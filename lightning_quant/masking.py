@@ -126,8 +126,11 @@ def _apply(rule: Rule, work: Work, local: Mapping[str, Setting]) -> None:
             else:
                 left.append(f"{name} ({type(module).__name__})")
             continue
+        before = len(work.problems)
         found = _targets(rule, setting, name, module, work.problems)
         chosen += 1
+        if len(work.problems) > before:
+            continue
         ends = "" if named or not found else _end(name, found, rule, setting, module, work)
         if ends:
             work.notes.append(f"{rule.where}: {ends}")
