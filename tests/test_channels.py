@@ -17,7 +17,7 @@ from zoo import ZOO
 from lightning_quant import ConfigError
 from lightning_quant.channels import Channels, in_channels, is_depthwise, out_channels
 from lightning_quant.masks import Masks, make_pruning
-from lightning_quant.patterns import is_head
+from lightning_quant.patterns import TRANSPOSED, is_head
 from lightning_quant.record import record, split_example
 from lightning_quant.schedule import Clock
 from lightning_quant.symbolic import trace
@@ -204,7 +204,9 @@ def test_half_of_every_net_is_masked_with_channels_that_meet_alike(name: str) ->
         return
     masks = Masks(model, make_pruning(model, pruning, graph))
     masks.step(Clock(step=0, epoch=0, done=0, length=0))
-    rows = {key: mask.flatten(1).any(1) for key, mask in masks.by_target().items() if mask.dim() > 1}
+    transposed = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, TRANSPOSED)}
+    seen = {key: mask for key, mask in masks.by_target().items() if mask.dim() > 1}
+    rows = {key: (mask.transpose(0, 1) if key in transposed else mask).flatten(1).any(1) for key, mask in seen.items()}
     for unit in masks.plan.units:
         first = None
         for target, at in unit.members:
