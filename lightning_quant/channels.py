@@ -113,6 +113,7 @@ class Channels:
         self.total = 1
         self._parent: list[int] = [UNKNOWN]
         self._tags: list[tuple[int, tuple[str, str, int]]] = []
+        self._counts: dict[str, int] = {}
         if graph is None or not graph.shapes:
             return
         self._graph, self._modules = graph, modules
@@ -127,6 +128,7 @@ class Channels:
             if found is not None and node.index not in graph.split:
                 self._labels[node.index] = found
         self.ends = frozenset(self._ends())
+        del self._graph, self._modules, self._labels  # a plan is data, without the model
 
     # -- classes ------------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Channels:
     def _atoms(self, name: str) -> Sequence[int]:
         """The numbers of the channels of a layer, or of the layer that a batch norm reads."""
         if name in self.first:
-            return range(self.first[name], self.first[name] + out_channels(self._modules[name]))
+            return range(self.first[name], self.first[name] + self._counts[name])
         atoms: list[int] = self.follows[name][:, 0].tolist()
         return atoms
 
@@ -209,7 +211,7 @@ class Channels:
     def _weighted(self, name: str, module: nn.Module, read: _Labels | None, shape: tuple[int, ...]) -> _Labels | None:
         count, groups = out_channels(module), _groups(module)
         if name not in self.first:
-            self.first[name] = self.total
+            self.first[name], self._counts[name] = self.total, count
             self.total += count
             self._parent.extend(range(self.first[name], self.total))
         ids = torch.arange(self.first[name], self.first[name] + count)[:, None]

@@ -114,6 +114,7 @@ class Masks:
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
         assert metric.step is not None
         step = metric.step(self._blocks(target, self._value(target)), self._blocks(target, gradient))
+        step = step.nan_to_num_(0.0, 0.0, 0.0)  # a step that overflowed says nothing, and must not stay for ever
         before = self._statistics.get(name)
         self._statistics[name] = step if before is None else before.to(step.device) + step
         self._counts[name] = self._counts.get(name, 0) + 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -430,6 +431,23 @@ def test_tied_parameters_have_one_mask() -> None:
     masks = masked(model, [{"op_names": ["a", "b"], "target_names": ["weight"], "sparse_ratio": 0.5}])
     assert "b.weight is the same Parameter as a.weight and has its mask" in str(masks.plan)
     assert list(masks.by_target()) == ["a.weight"] and model.get_parameter("b.weight").abs().sum(1).count_nonzero() == 2
+
+
+def test_a_plan_is_data_without_the_model() -> None:
+    model = convs()
+    plan = make_pruning(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], record(model, torch.randn(1, 3, 8, 8)))
+    again = pickle.loads(pickle.dumps(plan))
+    assert str(again) == str(plan) and again.decisions() == plan.decisions() and len(pickle.dumps(plan)) < 20_000
+    masks = Masks(model, again)
+    masks.step(END)
+    assert kept(masks, "bn1.weight") == kept(masks, "conv1.weight") and sum(kept(masks, "bn1.weight")) == 2
+
+
+def test_what_has_no_shape_yet_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pruning\[0\]: 0.weight: '0' is lazy and has no shape yet; call the model once"):
+        make_pruning(
+            nn.Sequential(nn.LazyLinear(4)), [{"op_names": ["0"], "target_names": ["weight"], "target_settings": {"weight": {}}}]
+        )
 
 
 def test_names_are_relative_to_the_root() -> None:
