@@ -77,9 +77,14 @@ def mask_passing(module: nn.Module, masks: list[PassingMask]) -> None:
     module.__class__ = cls
 
 
+def masks_passing(module: nn.Module) -> bool:
+    """Whether an input or output of `module` is masked where it passes."""
+    return KEY in module.__dict__
+
+
 def carry_passing(old: nn.Module, new: nn.Module) -> None:
     """Have what takes a module's place mask what passes as that did."""
-    if KEY in old.__dict__:
+    if KEY in old.__dict__ and KEY not in new.__dict__:
         mask_passing(new, old.__dict__[KEY])
 
 

@@ -20,8 +20,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from toys import Calls, Lit, Net, loader
 
-from lightning_quant import QuantFusionCallback, convert_model, make_plan, prepare_model, restore_model
+from lightning_quant import (
+    QuantFusionCallback,
+    convert_model,
+    export_model,
+    load_deployed,
+    make_plan,
+    prepare_model,
+    restore_model,
+)
 from lightning_quant.config import ConfigError
+from lightning_quant.export import onnxruntime_session
 from lightning_quant.masks import Masks, make_pruning
 from lightning_quant.record import record
 from lightning_quant.schedule import Clock
@@ -284,7 +293,7 @@ def test_eval_mode_sees_masks_that_change() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid])
-def test_what_passes_is_masked_in_the_deployed_model_too(activation: type[nn.Module]) -> None:
+def test_what_passes_is_masked_in_the_deployed_model_too(activation: type[nn.Module], tmp_path: Path) -> None:
     model = Calls(lambda m, x: m.fc2(m.act(m.fc(x))), fc=nn.Linear(3, 4), act=activation(), fc2=nn.Linear(4, 4))
     x = torch.randn(16, 3)
     align = {"module_name": "fc", "target_name": "weight", "dims": [0]}
@@ -304,6 +313,14 @@ def test_what_passes_is_masked_in_the_deployed_model_too(activation: type[nn.Mod
         assert torch.equal(deployed(x), shown)
         probe = deployed.get_submodule("act")(torch.ones(2, 4))
         assert not probe[:, ~masks.passing()["act._output_"]].any() and probe.any()
+        if activation is nn.Sigmoid:
+            export_model(deployed, tmp_path / "model.pt2", example_input=x)
+            assert torch.equal(load_deployed(tmp_path / "model.pt2")(x), shown)
+        export_model(deployed, tmp_path / "model.onnx", example_input=x)
+        (found,) = onnxruntime_session(tmp_path / "model.onnx").run(None, {"args_0": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), shown)
+        with pytest.raises(ConfigError, match=r"act mask what passes them, which a .pt file cannot hold.* Write .pt2 or .onnx"):
+            export_model(deployed, tmp_path / "model.pt", example_input=x)
         masks._passing["act._output_"].mask = torch.ones(4, dtype=torch.bool)
         assert torch.equal(deployed(x), shown), "the copy has a mask of its own"
     with pytest.raises(ConfigError, match=r"is prepared for quantization, too; call restore_model\(model\) before"):
