@@ -664,6 +664,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         [{"op_names": ["bn1"], "sparse_ratio": 0.5, "granularity": "in_channel"}],
         "pruning[0]: bn1.weight: granularity 'in_channel' needs two dimensions; its shape is [4].",
     ),
+    "distances of single values": (
+        [{"op_names": ["wide"], "sparse_ratio": 0.5, "metric": "fpgm", "granularity": [1]}],
+        "pruning[0]: wide.weight: metric 'fpgm' compares every block with every other, and it has 16512; at most 16384",
+    ),
     "add to a parameter": (
         entry(target_names=["weight"], sparse_ratio=0.5, apply_method="add"),
         "pruning[0]: fc1.weight: apply_method 'add' is for inputs and outputs; a masked parameter is 0, write 'mul'.",
@@ -719,7 +723,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 class Three(Two):
     def __init__(self) -> None:
         super().__init__()
-        self.fc2, self.act = nn.Linear(4, 2, bias=False), nn.ReLU()
+        self.fc2, self.act, self.wide = nn.Linear(4, 2, bias=False), nn.ReLU(), nn.Linear(128, 129)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.bn1(self.fc1(x))))

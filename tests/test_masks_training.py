@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from toys import Calls, Lit, Net, loader
@@ -406,6 +406,23 @@ def test_prune_and_quantize_in_one_fit_and_resume(quiet_trainer: Callable[..., T
         assert torch.equal(one, other), name
     saved = torch.load(tmp_path / "step=12.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["conv1.weight"].flatten(1).any(1), rows) and set(saved) == set(Lit().state_dict())
+
+
+def test_beside_model_pruning(quiet_trainer: Callable[..., Trainer]) -> None:
+    """Of other layers it does no harm; of the same parameter it is refused by name."""
+    for name, refused in (("fc", False), ("conv2", True)):
+        module = Lit()
+        other = ModelPruning("l1_unstructured", amount=0.5, parameters_to_prune=[(module.get_submodule(name), "weight")])
+        one_shot = {"config_list": PRUNING["config_list"][0] | {"metric": "l1"}, "schedule": "one_shot"}  # type: ignore[index]
+        prunes = Prunes(one_shot)
+        trainer = quiet_trainer(max_epochs=2, callbacks=[prunes, other], num_sanity_val_steps=0)
+        if refused:
+            with pytest.raises(ConfigError, match=r"conv2.weight: torch.nn.utils.prune \(ModelPruning\) has taken the"):
+                trainer.fit(module, loader(32), loader(16))
+        else:
+            trainer.fit(module, loader(32), loader(16))
+            assert prunes.masks is not None and prunes.masks.sparsity()["conv2.weight"] == 0.5
+            assert float((module.fc.weight == 0).float().mean()) >= 0.5  # type: ignore[union-attr]
 
 
 def test_averaged_weights_are_masked_when_they_are_validated(quiet_trainer: Callable[..., Trainer]) -> None:
