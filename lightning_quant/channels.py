@@ -114,6 +114,7 @@ class Channels:
         self._parent: list[int] = [UNKNOWN]
         self._tags: list[tuple[int, tuple[str, str, int]]] = []
         self._counts: dict[str, int] = {}
+        self._layers_of: dict[int, set[str]] = {}  # by class, once it is asked for
         if graph is None or not graph.shapes:
             return
         self._graph, self._modules = graph, modules
@@ -172,9 +173,11 @@ class Channels:
         """The other layers that have a channel in a class with one of `layer`."""
         if layer not in self.first:
             return set()
-        own = {self.root(atom) for atom in self._atoms(layer)}
-        others = [other for other in self.first if other != layer]
-        return {other for other in others if any(self.root(atom) in own for atom in self._atoms(other))}
+        if not self._layers_of:
+            for other in self.first:
+                for atom in self._atoms(other):
+                    self._layers_of.setdefault(self.root(atom), set()).add(other)
+        return set().union(*(self._layers_of[self.root(atom)] for atom in self._atoms(layer))) - {layer}
 
     def _atoms(self, name: str) -> Sequence[int]:
         """The numbers of the channels of a layer, or of the layer that a batch norm reads."""
