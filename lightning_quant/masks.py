@@ -265,9 +265,8 @@ class Masks:
         """What `apply` multiplies from now on; values of metrics that let them return are kept, and come back."""
         before = {name: mask for name, _, _, mask in self._acting}
         self._acting = [(name, *owner_of(self.model, name), mask) for name, mask in self._combined().items()]
-        keeping = {f"{t.module}.{t.values}" if t.module else t.values for t in self.plan.targets if _returns(t)}
-        for name, owner, own, _ in self._acting:
-            if name in keeping:
+        if any(map(_returns, self.plan.targets)):  # with a block that comes back come the bias and the batch norm that follow it
+            for name, owner, own, _ in self._acting:
                 parameter = _own(owner, own, name)
                 held = self._hidden.get(name)
                 value = (

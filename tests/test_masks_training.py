@@ -177,6 +177,25 @@ def test_movement_is_that_of_scores_learned_straight_through() -> None:
     assert returned > 0
 
 
+def test_what_follows_a_block_comes_back_with_it() -> None:
+    """A batch norm left at 0 would keep a channel dead whose weights have returned."""
+    loop = Loop(conv_entry(sparse_ratio=0.5, metric="movement"))
+    seen: list[Tensor] = []
+
+    def watch(step: int) -> None:
+        rows = loop.masks.by_target()["conv1.weight"].flatten(1).any(1)
+        seen.append(rows)
+        assert torch.equal(loop.model.get_parameter("conv1.weight").detach().flatten(1).any(1), rows), step
+        assert torch.equal(loop.model.get_parameter("bn1.weight") != 0, rows), step
+
+    loop.run(0, 7, watch)
+    name = "conv1.weight"
+    gone = ~loop.masks.by_target()[name].flatten(1).any(1)
+    loop.masks._statistics[name] = torch.where(gone, 1e9, loop.masks._statistics[name])  # it moved away from 0 like no other
+    loop.run(7, 20, watch)
+    assert any((later & ~earlier).any() for earlier, later in itertools.pairwise(seen))
+
+
 def test_taylor_is_the_mean_over_the_steps_since_the_last_mask() -> None:
     loop, squares = Loop(conv_entry(sparse_ratio=0.5, metric="taylor")), list[Any]()
 
