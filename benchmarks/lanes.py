@@ -18,15 +18,22 @@ from timed_nets import Net, layers_of
 from torch import Tensor, nn
 
 from lightning_quant import make_plan, prepare_model
+from lightning_quant.masks import Masks, make_pruning
 from lightning_quant.prepare import apply_phase
-from lightning_quant.schedule import Phase
+from lightning_quant.record import record
+from lightning_quant.schedule import Clock, Phase
 
 
 class Model(NamedTuple):
-    """What a lane trains, in train mode, and how many quantizers of tensors it has (a shared one counts once)."""
+    """What a lane trains, in train mode, and how many quantizers of tensors it has (a shared one counts once).
+
+    `after_backward` and `after_step` belong to its training step: before and behind the optimizer's.
+    """
 
     model: nn.Module
     quantizers: int
+    after_backward: Callable[[], None] = lambda: None
+    after_step: Callable[[], None] = lambda: None
 
 
 class Lane(NamedTuple):
@@ -55,6 +62,20 @@ def ours(net: Net, x: Tensor, config_list: Any = None, **options: Any) -> Model:
     inner = sum(layer.inner is not None for layer in plan.layers)
     quantizers = sum(target.active and target.source is None for target in targets) + inner
     return Model(prepare_model(model, plan, **options).train(), quantizers)
+
+
+def masked(net: Net, x: Tensor) -> Model:
+    """The quantized net with half of its channels masked, where dependencies allow it; the classifier keeps its own."""
+    model = float_model(net)
+    plan = make_plan(model, layers_of(model), example_input=x)
+    entries = layers_of(model)[0]
+    pruning = {"config_list": [{**entries, "sparse_ratio": 0.5}], "schedule": "one_shot"}
+    masks = Masks(model, make_pruning(model, pruning, record(model, x)))
+    masks.step(Clock(step=0, epoch=0, done=0, length=0))
+    targets = [target for layer in plan.layers for target in layer.targets.values()]
+    quantizers = sum(target.active and target.source is None for target in targets)
+    prepare_model(model, plan)
+    return Model(model.train(), quantizers, masks.after_backward, masks.apply)
 
 
 def lean_missing() -> str:
@@ -126,6 +147,7 @@ LANES = {
     "ours": Lane("ours", ours),
     "frozen": Lane("ours, ranges frozen", ours, settle=lambda model: apply_phase(model, Phase(observe=False))),
     "int8": Lane("ours, preset int8", lambda net, x: ours(net, x, "int8")),  # additions and pools, too, where they are called
+    "masked": Lane("ours, half masked", masked),
     "lean": Lane("ours, lean", lambda net, x: ours(net, x, memory="lean"), missing=lean_missing),
     "torch_ao": Lane("torch.ao eager", torch_ao),
     "pt2e": Lane("torchao PT2E", pt2e, missing=_not_installed("torchao")),

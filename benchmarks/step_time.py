@@ -4,8 +4,9 @@
 python benchmarks/step_time.py
 python benchmarks/step_time.py --nets resnet18 --lanes float ours --threads 1 2
 
-A step is forward, loss, backward and SGD with momentum, in train mode. Every round runs one step of each lane, in an
-order that rotates, and gives one ratio per lane to the float step of the same round; median and quartiles are printed.
+A step is forward, loss, backward and SGD with momentum, in train mode (and with masks, where a lane has some). Every round
+runs one step of each lane, in an order that rotates, and gives one ratio per lane to the float step of the same round; median
+and quartiles are printed.
 The clock at one thread is `time.process_time`, CPU time of this process: other jobs on the machine disturb it less than
 wall time. With more threads it is wall time, as CPU time would count threads that wait.
 """
@@ -33,7 +34,7 @@ class Trainee:
     """A model with its optimizer and the seconds of its steps."""
 
     def __init__(self, made: Model, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.model, self.quantizers = made
+        self.model, self.quantizers, self.after_backward, self.after_step = made
         self.loss = loss
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.seconds: list[float] = []
@@ -41,7 +42,9 @@ class Trainee:
     def step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
         self.loss(self.model(x), y).backward()
+        self.after_backward()
         self.optimizer.step()
+        self.after_step()
 
     def timed_step(self, x: Tensor, y: Tensor, clock: Clock) -> None:
         start = clock()

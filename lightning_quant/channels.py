@@ -113,6 +113,8 @@ class Channels:
         self.total = 1
         self._parent: list[int] = [UNKNOWN]
         self._tags: list[tuple[int, tuple[str, str, int]]] = []
+        self._counts: dict[str, int] = {}
+        self._layers_of: dict[int, set[str]] = {}  # by class, once it is asked for
         if graph is None or not graph.shapes:
             return
         self._graph, self._modules = graph, modules
@@ -127,6 +129,7 @@ class Channels:
             if found is not None and node.index not in graph.split:
                 self._labels[node.index] = found
         self.ends = frozenset(self._ends())
+        del self._graph, self._modules, self._labels  # a plan is data, without the model
 
     # -- classes ------------------------------------------------------------------------------------------------------
 
@@ -170,14 +173,16 @@ class Channels:
         """The other layers that have a channel in a class with one of `layer`."""
         if layer not in self.first:
             return set()
-        own = {self.root(atom) for atom in self._atoms(layer)}
-        others = [other for other in self.first if other != layer]
-        return {other for other in others if any(self.root(atom) in own for atom in self._atoms(other))}
+        if not self._layers_of:
+            for other in self.first:
+                for atom in self._atoms(other):
+                    self._layers_of.setdefault(self.root(atom), set()).add(other)
+        return set().union(*(self._layers_of[self.root(atom)] for atom in self._atoms(layer))) - {layer}
 
     def _atoms(self, name: str) -> Sequence[int]:
         """The numbers of the channels of a layer, or of the layer that a batch norm reads."""
         if name in self.first:
-            return range(self.first[name], self.first[name] + out_channels(self._modules[name]))
+            return range(self.first[name], self.first[name] + self._counts[name])
         atoms: list[int] = self.follows[name][:, 0].tolist()
         return atoms
 
@@ -209,7 +214,7 @@ class Channels:
     def _weighted(self, name: str, module: nn.Module, read: _Labels | None, shape: tuple[int, ...]) -> _Labels | None:
         count, groups = out_channels(module), _groups(module)
         if name not in self.first:
-            self.first[name] = self.total
+            self.first[name], self._counts[name] = self.total, count
             self.total += count
             self._parent.extend(range(self.first[name], self.total))
         ids = torch.arange(self.first[name], self.first[name] + count)[:, None]

@@ -19,6 +19,7 @@ from lightning_quant.fusion import Ending
 from lightning_quant.group import Group, Strays, leave, watching
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Rounding
 from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner, operators_aside
+from lightning_quant.masked import carry_passing
 from lightning_quant.prepare import LEARNED, prepared_groups, quantizers_of
 from lightning_quant.sites import Operator
 from lightning_quant.wrapped import QuantizedModule
@@ -276,7 +277,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered, under all its names."""
+    """Put `new` wherever `old` is registered, under all its names; what was masked as it passed `old` still is."""
+    carry_passing(old, new)
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is old:

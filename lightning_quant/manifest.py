@@ -25,6 +25,7 @@ from lightning_quant.group import own_class
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer, Stamp
 from lightning_quant.intercept import SITES, Deployed, Done, RoundedOperator, Sites, disown, is_owner, own
 from lightning_quant.layer_data import Data, Stamps, layer_data, made_layer, made_operator, operator_data, other_shape
+from lightning_quant.masked import masks_passing
 from lightning_quant.narrow import CUTS, cut_alike
 from lightning_quant.plan import forward_graph
 from lightning_quant.prepare import restore_model, take_no_fast_path
@@ -80,8 +81,13 @@ def manifest_of(deployed: nn.Module) -> Data:
     """What `rebuilt` needs beside the state dict.
 
     Raises:
-        ConfigError: if `deployed` has no deployed layer, or an activation that plain data cannot name.
+        ConfigError: if `deployed` has no deployed layer, an activation that plain data cannot name, or masks of what passes.
     """
+    if passing := [name for name, module in deployed.named_modules() if masks_passing(module)]:
+        raise ConfigError(
+            f"{', '.join(passing)} mask what passes them, which a .pt file cannot hold: it has the numbers of layers alone. "
+            "Write .pt2 or .onnx, which are whole programs."
+        )
     stamps = Stamps()
     layers: list[Data] = []
     idle: list[str] = []

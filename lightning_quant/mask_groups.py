@@ -34,6 +34,7 @@ class Work:
     targets: dict[str, MaskedTarget] = field(default_factory=dict)
     problems: Problems = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    circles: set[frozenset[str]] = field(default_factory=set)
 
 
 def canonical_shape(module: nn.Module, name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -123,6 +124,11 @@ def _check_align(target: MaskedTarget, work: Work) -> None:
                 )
             return
         if align[0] in path:
+            circle = frozenset(path[path.index(align[0]) :])
+            if circle in work.circles:
+                return
+            work.circles.add(circle)
+            path = path[path.index(align[0]) :]
             work.problems.append(
                 f"{target.decided_by}: align goes round in a circle: {' -> '.join([*path, align[0]])}; one of them must have a "
                 "mask of its own."

@@ -17,7 +17,7 @@ from lightning_quant.config import ConfigError
 from lightning_quant.group import Made, drop_bound_forward, made_class
 from lightning_quant.keys import Blocks
 from lightning_quant.pruning import passing_kernel
-from lightning_quant.targets import Arguments, is_input, with_outputs
+from lightning_quant.targets import Argument, with_outputs
 
 KEY = "_lightning_quant_masks"
 _MASKED = -1000.0  # what `add` adds: exp of it is 0
@@ -25,10 +25,14 @@ _MASKED = -1000.0  # what `add` adds: exp of it is 0
 
 @dataclass
 class PassingMask:
-    """The mask of one input or output; None until there is one. It lies along the dimensions whose block size is 1."""
+    """The mask of one input or output; None until there is one. It lies along the dimensions whose block size is 1.
+
+    `argument`: which one of forward's it is; None for an output.
+    """
 
     name: str
     target: str
+    argument: Argument | None
     granularity: str | Blocks
     method: str
     mask: Tensor | None = None
@@ -58,12 +62,12 @@ class MaskedModule(Made, nn.Module):
         if masks is None:  # a forward made this instance by self.__class__()
             return super().__call__(*args, **kwargs)
         for mask in masks:
-            if is_input(mask.target) and (argument := Arguments(type(self)).find(mask.target)) is not None:
-                value = argument.read(args, kwargs)
+            if mask.argument is not None:
+                value = mask.argument.read(args, kwargs)
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    args, kwargs = argument.replaced(args, kwargs, mask(value))
+                    args, kwargs = mask.argument.replaced(args, kwargs, mask(value))
         result = super().__call__(*args, **kwargs)
-        return with_outputs(result, {mask.target: mask for mask in masks if not is_input(mask.target)})
+        return with_outputs(result, {mask.target: mask for mask in masks if mask.argument is None})
 
 
 def mask_passing(module: nn.Module, masks: list[PassingMask]) -> None:
@@ -71,6 +75,17 @@ def mask_passing(module: nn.Module, masks: list[PassingMask]) -> None:
     cls = made_class(MaskedModule, type(module))
     module.__dict__[KEY] = masks
     module.__class__ = cls
+
+
+def masks_passing(module: nn.Module) -> bool:
+    """Whether an input or output of `module` is masked where it passes."""
+    return KEY in module.__dict__
+
+
+def carry_passing(old: nn.Module, new: nn.Module) -> None:
+    """Have what takes a module's place mask what passes as that did."""
+    if KEY in old.__dict__ and KEY not in new.__dict__:
+        mask_passing(new, old.__dict__[KEY])
 
 
 def unmask_passing(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from lightning_quant.targets import is_activation, is_input, owner_of, parameter
 
 _DECIDES = ("sparse_ratio", "sparse_threshold", "pattern", "align")
 _OF_SCORES = ("max_sparse_ratio", "min_sparse_ratio", "global_group_id", "dependency_group_id", "internal_metric_block", "metric")
+_MANY = 2**14  # blocks whose distances to each other fit in a GiB
 _FINE_METRICS = ("level", "taylor", "movement", "random")
 
 
@@ -126,8 +128,11 @@ def _apply(rule: Rule, work: Work, local: Mapping[str, Setting]) -> None:
             else:
                 left.append(f"{name} ({type(module).__name__})")
             continue
+        before = len(work.problems)
         found = _targets(rule, setting, name, module, work.problems)
         chosen += 1
+        if len(work.problems) > before:
+            continue
         ends = "" if named or not found else _end(name, found, rule, setting, module, work)
         if ends:
             work.notes.append(f"{rule.where}: {ends}")
@@ -336,12 +341,28 @@ def _made(name: str, target: str, module: nn.Module, spec: MaskSpec, work: Work,
                 return None
             kernel = ()
         return replace(made, values=values, shape=shape, kernel=kernel, grid=(channels,))
-    found = _kernel(spec, shape)
+    found = _checked_kernel(spec, shape)
     if isinstance(found, str):
         work.problems.append(f"{where}: {found}")
         return None
     grid = tuple(count for count, k in zip(grid_of(shape, found), found, strict=True) if k != -1)
     return replace(made, values=values, shape=shape, kernel=found, grid=grid)
+
+
+def _checked_kernel(spec: MaskSpec, shape: tuple[int, ...]) -> tuple[int, ...] | str:
+    """The block sizes of a parameter, or what is wrong with them."""
+    found = _kernel(spec, shape)
+    if isinstance(found, str) or spec.metric != "fpgm" or not spec.asks:
+        return found
+    count = math.prod(grid_of(shape, found))
+    return (
+        found
+        if count <= _MANY
+        else (
+            f"metric 'fpgm' compares every block with every other, and it has {count}; at most {_MANY}: take larger blocks or "
+            "another metric."
+        )
+    )
 
 
 def _kernel(spec: MaskSpec, shape: tuple[int, ...]) -> tuple[int, ...] | str:

@@ -27,7 +27,7 @@ from lightning_quant.prepare import drop_deployed_layers
 from lightning_quant.pruning import METRICS, Evidence, Metric, blocks_of, global_masks, n_of_m, one_mask, reduced, spread
 from lightning_quant.pruning_plan import MaskedTarget, Pruning, PruningPlan, Unit
 from lightning_quant.schedule import Clock
-from lightning_quant.targets import is_activation, owner_of
+from lightning_quant.targets import Arguments, is_activation, is_input, owner_of
 
 
 class Masks:
@@ -49,6 +49,7 @@ class Masks:
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
         self.model, self.plan = model, plan
         self.done = 0  # how many updates there were
+        self._pace = plan.options.pace
         self._targets = {target.name: target for target in plan.targets}
         self._masks: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -62,7 +63,8 @@ class Masks:
         by_module: dict[str, list[PassingMask]] = {}
         for target in plan.targets:
             if target.values is None:
-                one = PassingMask(target.name, target.target, target.spec.granularity, target.spec.apply_method)
+                argument = Arguments(type(self._modules[target.module])).find(target.target) if is_input(target.target) else None
+                one = PassingMask(target.name, target.target, argument, target.spec.granularity, target.spec.apply_method)
                 self._passing[target.name] = one
                 by_module.setdefault(target.module, []).append(one)
         for name, masks in by_module.items():
@@ -93,7 +95,7 @@ class Masks:
 
         Nothing happens after the last update.
         """
-        if self.done >= self.plan.options.pace.steps:
+        if self.done >= self._pace.steps:
             return
         for name, target in self._targets.items():
             if not target.scored:
@@ -113,6 +115,7 @@ class Masks:
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
         assert metric.step is not None
         step = metric.step(self._blocks(target, self._value(target)), self._blocks(target, gradient))
+        step = step.nan_to_num_(0.0, 0.0, 0.0)  # a step that overflowed says nothing, and must not stay for ever
         before = self._statistics.get(name)
         self._statistics[name] = step if before is None else before.to(step.device) + step
         self._counts[name] = self._counts.get(name, 0) + 1
@@ -129,15 +132,14 @@ class Masks:
             self._statistics.update(zip(names, parts, strict=True))
 
     def step(self, clock: Clock) -> bool:
-        """Make new masks where the schedule has an update before the training step at `clock`, then apply all.
+        """Make new masks where the schedule has an update before the training step at `clock`, and apply them.
 
         Metrics that need gradients wait for the first of them. Returns whether masks were made.
         """
-        due = self.plan.options.pace.done_at(clock)
+        due = self._pace.done_at(clock) if self.done < self._pace.steps else self.done
         new = due > self.done and self._has_evidence()
         if new:
             self._update(due)
-        self.apply()
         return new
 
     def _has_evidence(self) -> bool:
@@ -159,7 +161,7 @@ class Masks:
 
     @torch.no_grad()
     def _update(self, due: int) -> None:
-        share = self.plan.options.pace.share_after(due)
+        share = self._pace.share_after(due)
         scores = {
             name: self._score(target, due)
             for name, target in self._targets.items()
@@ -264,9 +266,8 @@ class Masks:
         """What `apply` multiplies from now on; values of metrics that let them return are kept, and come back."""
         before = {name: mask for name, _, _, mask in self._acting}
         self._acting = [(name, *owner_of(self.model, name), mask) for name, mask in self._combined().items()]
-        keeping = {f"{t.module}.{t.values}" if t.module else t.values for t in self.plan.targets if _returns(t)}
-        for name, owner, own, _ in self._acting:
-            if name in keeping:
+        if any(map(_returns, self.plan.targets)):  # with a block that comes back come the bias and the batch norm that follow it
+            for name, owner, own, _ in self._acting:
                 parameter = _own(owner, own, name)
                 held = self._hidden.get(name)
                 value = (

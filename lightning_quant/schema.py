@@ -13,25 +13,18 @@ from typing import Any
 
 from lightning_quant.config import PRESETS
 from lightning_quant.keys import ENTRY, QUANTIZATION, SELECTION, Blocks, Key
-from lightning_quant.settings import OPERATORS, QuantizationSetting
+from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
+from lightning_quant.settings import OPERATORS, PruningSetting, QuantizationSetting
 
 FOLDER = Path(__file__).parent
 SCHEMA, PAGE = FOLDER / "config_list.schema.json", FOLDER / "CONFIG.md"
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a `config_list`, as YAML or JSON hold it."""
-    entry = {
-        "type": "object",
-        "properties": {name: _property(key, nullable=name in QUANTIZATION) for name, key in ENTRY.items()},
-        "additionalProperties": False,
-        "anyOf": [{"required": [name]} for name in ("op_names", "op_names_re", "op_types")],
-    }
-    target = {
-        "type": "object",
-        "properties": {name: _property(key, nullable=True) for name, key in QUANTIZATION.items()},
-        "additionalProperties": False,
-    }
+    """The JSON schema (draft 2020-12) of a `config_list`, as YAML or JSON hold it; `#/$defs/pruning` is that of `pruning`."""
+    masked = {"$ref": "#/$defs/pruning_entry"}
+    masks = {"anyOf": [masked, {"type": "array", "minItems": 1, "items": masked}]}
+    with_options = {"type": "object", "properties": {"config_list": masks}, "required": ["config_list"]}
     part = {"anyOf": [{"$ref": "#/$defs/preset"}, {"$ref": "#/$defs/entry"}]}
     whole = {"anyOf": [*part["anyOf"], {"type": "array", "minItems": 1, "items": part}]}
     return {
@@ -40,9 +33,30 @@ def json_schema() -> dict[str, Any]:
         "anyOf": [*whole["anyOf"], {"type": "object", "properties": {"config_list": whole}, "required": ["config_list"]}],
         "$defs": {
             "preset": {"enum": list(PRESETS), "description": "A preset, which stands for its entries."},
-            "entry": entry,
-            "target": target,
+            "entry": _entry(ENTRY, QUANTIZATION),
+            "target": _target(QUANTIZATION),
+            "pruning": {"anyOf": [*masks["anyOf"], with_options]},
+            "pruning_entry": _entry(PRUNING_ENTRY, PRUNING),
+            "pruning_target": _target(PRUNING),
         },
+    }
+
+
+def _entry(rows: Mapping[str, Key], keys: Mapping[str, Key]) -> dict[str, Any]:
+    """An entry of a list, with the keys `rows`, of which `keys` may be null."""
+    return {
+        "type": "object",
+        "properties": {name: _property(key, nullable=name in keys) for name, key in rows.items()},
+        "additionalProperties": False,
+        "anyOf": [{"required": [name]} for name in ("op_names", "op_names_re", "op_types")],
+    }
+
+
+def _target(keys: Mapping[str, Key]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {name: _property(key, nullable=True) for name, key in keys.items()},
+        "additionalProperties": False,
     }
 
 
@@ -144,6 +158,49 @@ an entry `layer1.0.relu` and `ReLU` mean all of them, in `fuse_names` the call b
 activation wrote over keeps its old values in training; a forward that reads them by the old name is refused, unless only
 training does so. Without an example input the forward is traced symbolically, where `torch.fx` can follow it.
 """
+_PRUNING = """\
+## Pruning
+
+A `pruning` list has entries like those of a `config_list`, which select modules in the same way and say which of their tensors are
+masked: `[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]`. What an entry leaves out comes from `PruningSetting`: the weights of
+linear layers, convolutions, batch norms and embeddings, and biases, which follow their weight. Precedence is that of `config_list`; of
+`sparse_ratio`, `sparse_threshold`, `pattern` and `align` the one said last holds. An entry that gives none of them masks nothing.
+
+Masked values are 0 in the parameters themselves, so the quantizer, checkpoints and averaged weights have them, and a forward costs
+nothing. A mask grows by the schedule, and what is masked stays so (metric `movement` lets it return). With a recorded forward:
+
+- layers whose channels meet share one mask (additions, gates, depthwise and grouped convolutions, concatenations); their ratios must
+  be equal. An id (`dependency_group_id`) that you give is used in place of what is found.
+- batch norms and depthwise convolutions behind masked layers are masked with them, so that a masked channel is exactly 0, and a layer
+  before a masked batch norm, too.
+- a layer that makes what the model returns keeps its output channels, unless `op_names` names it.
+
+`{config_list: [...], ...}` in place of the list takes options:
+
+| option | default | meaning |
+|---|---|---|
+| `schedule` | `agp` | `one_shot`: the whole mask at `start`. `linear`: in equal steps. `agp`: large steps first, 1 - (1 - t)^3 (Zhu and Gupta 2017) |
+| `start`, `stop` | 0, 0.5 | moments as in `Schedule`: a step, a share of the run, `"epoch 3"`, `"80%"` |
+| `updates` | 10 | how many steps; the last one comes at `stop` |
+| `dependencies` | true | what is said above of the recorded forward |
+| `shrink` | true | conversion removes masked channels |
+| `penalty` | 1e-4 | weight of the L1 norm of scales that metric `slim` adds to the loss until the last update |
+| `seed` | 0 | of metric `random` |
+
+Weights of transposed convolutions count as (out, in / groups, ...), so that `out_channel`, `in_channel` and the `dims` of an `align`
+mean for them what they mean for other layers. Where this differs from NNI 3.0, beside the table below:
+
+| NNI 3.0 | here | why |
+|---|---|---|
+| one pruner class for a metric | `metric:` in an entry or target | several in one run, beside quantization |
+| `align` to a target that is aligned itself fails | any order, any chain; a circle is an error | the page's own example does so |
+| `sparse_ratio` 1.5 is 1, integers are refused | 1.5 is an error, 1 is a ratio | |
+| a ratio of 1 or a high threshold masks a whole layer | one block of a target always stays | an empty layer cuts the net in two |
+| groups of layers are written by hand, or by an extra call | found in the recorded forward | |
+| masks of inputs and outputs multiply at run time | of layers with weights they are masks of the weights | the same function, for nothing |
+| the weights behind masks are kept | they are 0 (but for `movement`) | what is trained is what ships |
+
+"""
 _DEVIATIONS = """\
 ## Where this differs from NNI 3.0
 
@@ -234,6 +291,13 @@ def page() -> str:
         "",
         _FUSION,
         _NOTES,
+        _PRUNING,
+        "The keys, in an entry for all its targets, in `target_settings` for one:",
+        "",
+        *_table({name: PRUNING_ENTRY[name] for name in ("target_names", "target_settings")} | PRUNING),
+        "",
+        f"Registered in `PruningSetting`: {', '.join(PruningSetting.registry)}.",
+        "",
         _DEVIATIONS,
     ]
     return "\n".join(parts)

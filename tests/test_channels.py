@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo_more  # noqa: F401  (registers its nets)
 from torch import Tensor, nn
 from toys import Calls
+from zoo import ZOO
 
+from lightning_quant import ConfigError
 from lightning_quant.channels import Channels, in_channels, is_depthwise, out_channels
-from lightning_quant.record import record
+from lightning_quant.masks import Masks, make_pruning
+from lightning_quant.patterns import TRANSPOSED, is_head
+from lightning_quant.record import record, split_example
+from lightning_quant.schedule import Clock
 from lightning_quant.symbolic import trace
 
 
@@ -176,3 +182,37 @@ def test_no_forward_or_one_without_shapes_knows_nothing() -> None:
 )
 def test_how_many_channels_a_layer_has(layer: nn.Module, outs: int, ins: int, depthwise: bool) -> None:
     assert (out_channels(layer), in_channels(layer), is_depthwise(layer)) == (outs, ins, depthwise)
+
+
+# -- nets of every usual shape ------------------------------------------------------------------------------------------
+
+WEIGHT_NORMED = {"DCGANDiscriminator", "TemporalConvNet"}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_half_of_every_net_is_masked_with_channels_that_meet_alike(name: str) -> None:
+    model, example = ZOO[name].make().eval(), ZOO[name].example()
+    types = sorted({type(module).__name__ for module in model.modules() if is_head(module)})
+    if not types:
+        assert name == "FunctionalOnly"
+        return
+    graph = record(model, example)
+    pruning = {"config_list": [{"op_types": types, "sparse_ratio": 0.5}], "schedule": "one_shot"}
+    if name in WEIGHT_NORMED:
+        with pytest.raises(ConfigError, match=r"is no Parameter of its own \(parametrized or weight-normed\)"):
+            make_pruning(model, pruning, graph)
+        return
+    masks = Masks(model, make_pruning(model, pruning, graph))
+    masks.step(Clock(step=0, epoch=0, done=0, length=0))
+    transposed = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, TRANSPOSED)}
+    seen = {key: mask for key, mask in masks.by_target().items() if mask.dim() > 1}
+    rows = {key: (mask.transpose(0, 1) if key in transposed else mask).flatten(1).any(1) for key, mask in seen.items()}
+    for unit in masks.plan.units:
+        first = None
+        for target, at in unit.members:
+            one = rows[target] if at is None else rows[target][at]
+            assert first is None or torch.equal(one, first)
+            first = one
+        assert first is not None and int((~first).sum()) == len(first) // 2
+    args, kwargs = split_example(example)
+    model(*args, **kwargs)

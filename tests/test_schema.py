@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import yaml
 from torch import nn
 
 from lightning_quant import QuantizationSetting, make_plan, schema
-from lightning_quant.config import PRESETS, parse_rules
+from lightning_quant.config import PRESETS, ConfigError, parse_pruning, parse_rules
 from lightning_quant.keys import ENTRY, QUANTIZATION
 from lightning_quant.plan import parse_settings
+from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
+from lightning_quant.pruning_plan import Pruning
+from lightning_quant.settings import PruningSetting
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +47,17 @@ def test_the_schema_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(schema.json_schema())
 
 
-@pytest.mark.parametrize("name", [*ENTRY, *PRESETS, *QuantizationSetting.registry])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *ENTRY,
+        *PRESETS,
+        *QuantizationSetting.registry,
+        *PRUNING_ENTRY,
+        *PruningSetting.registry,
+        *(one.name for one in fields(Pruning)),
+    ],
+)
 def test_the_page_names_everything(name: str) -> None:
     assert re.search(rf"\b{re.escape(name)}\b", schema.page())
 
@@ -106,6 +120,49 @@ def test_what_the_parser_refuses_the_schema_refuses(config_list: Any) -> None:
     assert not valid(config_list)
 
 
+def valid_pruning(pruning: Any) -> bool:
+    whole = {**schema.json_schema(), "anyOf": [{"$ref": "#/$defs/pruning"}]}
+    return bool(jsonschema.Draft202012Validator(whole).is_valid(pruning))
+
+
+WRONG: list[Any] = [[], {"a": 1}, True]
+ALIGN = {"module_name": None, "target_name": "weight", "dims": [0]}
+MASKED: list[dict[str, Any]] = [
+    {"op_types": ["Linear"], "sparse_ratio": 0.5},
+    {"op_types": ["Linear"], "sparse_ratio": None, "sparse_threshold": 1, "min_sparse_ratio": 0.1, "max_sparse_ratio": 1},
+    {"op_names": ["a"], "metric": "fpgm", "dependency_group_id": 1, "global_group_id": "g", "internal_metric_block": 2},
+    {"op_names": ["a"], "target_names": ["weight"], "pattern": "2:4", "target_settings": {"weight": {"apply_method": "mul"}}},
+    {"op_names": ["a"], "target_settings": {"bias": {"align": ALIGN}}, "granularity": [[1], "back", -1]},
+]
+
+
+@pytest.mark.parametrize("pruning", [*MASKED, *([entry] for entry in MASKED)], ids=str)
+def test_what_the_parser_of_pruning_takes_the_schema_takes(pruning: Any) -> None:
+    assert parse_pruning(pruning)
+    assert valid_pruning(pruning) and valid_pruning({"config_list": pruning, "schedule": "linear"})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({key: value} for key in PRUNING for value in WRONG),
+        *({"sparse_ratio": value} for value in (-0.1, 1.1, "half")),
+        *({"pattern": value} for value in ("2", "0:4", "a:b", 2)),
+        *({"align": value} for value in ({"dims": [0]}, {**ALIGN, "dim": 1}, {**ALIGN, "dims": 0})),
+        {"min_sparse_ratio": 1},
+        {"metric": "l3"},
+        {"quant_dtype": "int8"},
+        {"op_types": []},
+    ],
+    ids=str,
+)
+def test_what_the_parser_of_pruning_refuses_the_schema_refuses(keys: dict[str, Any]) -> None:
+    entry = {"op_types": ["Linear"], **keys}
+    with pytest.raises(ConfigError, match=r"pruning\[0\]"):
+        parse_pruning([entry])
+    assert not valid_pruning([entry])
+
+
 def test_the_examples_fit_the_schema() -> None:
     assert valid(yaml.safe_load((ROOT / "examples" / "quant.yaml").read_text()))
     snippet, settings = re.findall(r"```yaml\n(.*?)```", schema.page(), flags=re.DOTALL)
@@ -115,7 +172,7 @@ def test_the_examples_fit_the_schema() -> None:
 
 
 def test_every_row_has_a_text_and_a_default() -> None:
-    for rows in (ENTRY, QUANTIZATION):
+    for rows in (ENTRY, QUANTIZATION, PRUNING_ENTRY):
         assert all(key.text.endswith(".") and key.default for key in rows.values())
 
 
