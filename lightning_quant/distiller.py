@@ -46,7 +46,11 @@ class _JoinsLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step, and the added loss; anew for each call of an optimizer's closure."""
         self.run.pairs.clear()
-        output = self.own(*args, **kwargs)
+        self.run.stepping = True
+        try:
+            output = self.own(*args, **kwargs)
+        finally:
+            self.run.stepping = False
         if not self.module.automatic_optimization:
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -85,6 +89,7 @@ class _Run:
         self.known: tuple[list[tuple[Tensor, int]], Seen] | None = None  # what the teacher was called with last in this batch
         self.handles: list[Any] = []
         self.step: _JoinsLoss | None = None
+        self.stepping = False  # inside `training_step`
         self.fresh = True  # no batch is over yet
         self.met, self.asked = False, False  # whether any forward was paired, and its loss asked for
 
@@ -110,7 +115,9 @@ class _Run:
         self.pairs.clear()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.step is not None and not self.stepping and module is self.model and "forward" in module.__dict__:
+            return  # DistributedDataParallel calls the LightningModule with a batch: its forward is `training_step` for once
         # A forward inside backward is a checkpoint's second one.
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and not self.student.inside:
             self.pairs.append(_Pair({}, self._teach(args, kwargs)))

@@ -381,7 +381,6 @@ def test_the_teacher_may_be_of_another_type_and_on_its_own_flags() -> None:
     assert teacher.conv1.weight.dtype == torch.float64
     holder = Lit()
     holder.teacher = teacher_net().requires_grad_(False)
-    holder.forward = lambda x: Net.forward(holder, x)  # type: ignore[method-assign, arg-type]
     distiller = begun("mse", holder, holder.teacher)
     holder.train()
     before = weights(holder.teacher)
