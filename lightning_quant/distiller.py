@@ -18,7 +18,6 @@ from lightning_quant.links import Link, Links, TeacherNames, make_links
 from lightning_quant.prepare import LEARNED, Learned
 from lightning_quant.record import moved
 from lightning_quant.taps import Place, Seen, Taps
-from lightning_quant.targets import tensors_in
 from lightning_quant.teacher import SELF, Teacher, checked_teacher, evaluating, found_teacher
 
 
@@ -86,7 +85,7 @@ class _Run:
         self.projections: dict[tuple[Place, str], Projection] = {}
         self.losses: dict[str, Tensor] = {}
         self.pairs: list[_Pair] = []
-        self.known: tuple[list[tuple[Tensor, int]], Seen] | None = None  # what the teacher was called with last in this batch
+        self.known: tuple[Any, list[tuple[int, int]], Seen] | None = None  # what the teacher was called with last in this batch
         self.handles: list[Any] = []
         self.step: _JoinsLoss | None = None
         self.stepping = False  # inside `training_step`
@@ -131,23 +130,19 @@ class _Run:
 
     def _teach(self, args: Any, kwargs: Any) -> Seen:
         """What is tapped in the teacher's forward; once for an input that comes again, as with LBFGS."""
-        given = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        if self.known is not None:
-            before, seen = self.known
-            if (
-                given
-                and len(given) == len(before)
-                and all(a is b and v == w for (a, v), (b, w) in zip(given, before, strict=True))
-            ):
-                return seen
+        plain = not kwargs and all(isinstance(one, Tensor) for one in args)  # else a word may make the difference
+        marks = [(id(tensor), tensor._version) for tensor in args] if plain else []
+        if marks and self.known is not None and marks == self.known[1]:
+            return self.known[2]
         self.taught.open()
         try:
             self.taught.begin()
             self.teacher(args, kwargs)
             seen = self.taught.end()
+            self.taught.settle()
         finally:
             self.taught.close()
-        self.known = (given, seen)
+        self.known = (args, marks, seen)
         return seen
 
     # -- the loss -----------------------------------------------------------------------------------------------------
@@ -155,6 +150,7 @@ class _Run:
     def loss(self) -> Tensor | None:
         """What the forwards since the last time add, a scalar with gradient; None if there was none."""
         self.asked = True
+        self.student.settle()
         added: dict[str, Tensor] = {}
         for link in self.links.links:
             values = [value for pair in self.pairs for value in self._values(link, pair)]
@@ -351,6 +347,7 @@ class Distiller:
             ConfigError: with every problem found; the model and the teacher are then as they were.
         """
         self.end()
+        model.__dict__.pop(LEARNED, None)
         module, called = found_teacher(self.given, model, entry)
         names = TeacherNames(module, called, entry)
         problems: Problems = []

@@ -159,6 +159,18 @@ def test_a_tensor_counts_as_it_was_when_it_was_made(example: bool) -> None:
     }
 
 
+def test_a_step_may_write_over_the_output() -> None:
+    student, teacher = Net(), teacher_net().eval()
+    distiller = begun("mse", student, teacher)
+    for _ in range(2):
+        x = torch.randn(8, 3, 8, 8)
+        expected = F.mse_loss(copied(student, Net())(x), teacher(x))
+        with distiller.batch():
+            out = student(x).mul_(3)
+            (out.sum() + distiller.loss()).backward()
+        torch.testing.assert_close(distiller.losses["_output_"], expected)
+
+
 def test_inputs_and_further_outputs_are_targets() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
