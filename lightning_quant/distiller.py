@@ -330,6 +330,7 @@ class Distiller:
         self.learned: dict[str, nn.Parameter] = {}
         self._run: _Run | None = None
         self._saved: dict[str, Tensor] | None = None  # the weights of a teacher that was the student
+        self._kept: dict[str, Any] = {}  # the state when there is no run
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -373,7 +374,7 @@ class Distiller:
     def end(self) -> None:
         """The fit is over: the teacher's flags and device are as before, and every hook is gone."""
         if self._run is not None:
-            self._keep_teacher()
+            self._kept = self.state_dict()
             self._run.stop()
             self._run.teacher.leave()
         self._run = None
@@ -434,24 +435,25 @@ class Distiller:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _keep_teacher(self) -> None:
-        """Copy the weights of a teacher that was the student; they stay as they are, so once."""
-        if self._run is not None and self.given == SELF and self._saved is None:
-            state = self._run.teacher.module.state_dict()
-            self._saved = {name: value.detach().cpu().clone() for name, value in state.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """Projections, and the weights of a teacher that was the student when training began: plain tensors on the host."""
-        self._keep_teacher()
+        if self._run is None:
+            return dict(self._kept)
+        if self.given == SELF and self._saved is None:  # they stay as they are, so they are copied once
+            state = self._run.teacher.module.state_dict()
+            self._saved = {name: value.detach().cpu().clone() for name, value in state.items()}
         projections = {name: parameter.detach().cpu().clone() for name, parameter in self.learned.items()}
         return {"projections": projections, "teacher": self._saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, after `begin`.
+        """Take over a saved state, after `begin`; without a run it is only kept, to be saved again.
 
         Raises:
             ConfigError: if projections differ, or the saved run's teacher was not the student and this one's is.
         """
+        if self._run is None:
+            self._kept = dict(state)
+            return
         saved, own = state["projections"], self.learned
         if {name: tuple(p.shape) for name, p in own.items()} != {name: tuple(p.shape) for name, p in saved.items()}:
             raise ConfigError(
@@ -463,7 +465,7 @@ class Distiller:
                 "teacher: 'self' is the float model when training began, and the checkpoint is of a run that did not keep it; "
                 "give the path of a checkpoint from before training."
             )
-        if self.given == SELF and self._run is not None:
+        if self.given == SELF:
             try:
                 self._run.teacher.module.load_state_dict(state["teacher"])
             except RuntimeError as error:

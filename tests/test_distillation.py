@@ -514,6 +514,13 @@ def test_a_state_of_another_distillation_is_refused() -> None:
         three.load_state_dict(two.state_dict())
     with pytest.raises(ConfigError, match="the checkpoint's teacher is another model than this one"):
         begun("mse", nn.Sequential(nn.Conv2d(3, 1, 1)), "self").load_state_dict(three.state_dict())
+    state = three.state_dict()
+    three.end()
+    fresh = Distiller("mse", "self")
+    assert fresh.state_dict() == {} and fresh.links is None and fresh.losses == {} and fresh.loss() == 0
+    for idle in (three, fresh):
+        idle.load_state_dict(state)  # to be saved again, in an evaluation say
+        assert idle.state_dict() == state
     student = Net()
     begun([{"op_names": ["conv2"], "link": "0"}], student, wide)
     with pytest.raises(ConfigError, match="is to be learned, but no optimizer has a parameter group"):

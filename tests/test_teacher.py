@@ -408,7 +408,7 @@ def test_the_teacher_computes_once_for_an_input_that_comes_again() -> None:
 
     student, x = Counting(), torch.randn(4, 3, 8, 8)
     distiller = begun("mse", student, Counting())
-    student.__dict__["forward"] = lambda x, word="": Net.forward(student, x)  # type: ignore[arg-type]
+    student.__dict__["forward"] = lambda x, word="": Net.forward(student, x)
     calls.clear()
     with distiller.batch():
         for _ in range(3):
