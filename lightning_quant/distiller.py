@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_quant.config import ConfigError, parse_distillation, raise_problems
 from lightning_quant.distillation import BRIDGED, Projection, distance, feature_dim, loss_named, mismatch, name_of
@@ -82,6 +83,9 @@ class _Run:
         modules = {link.module: model.get_submodule(link.module) if link.module else self.called for link in links.links}
         self.student = Taps({(link.module, link.target): modules[link.module] for link in links.links})
         self.taught = Taps({(name, link.target): names.by_name[name] for link in links.links for name in link.teachers})
+        compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())
+        # Compiled code has the hooks of when it was compiled; of these places nothing has been seen yet.
+        self.unseen = set(self.student.places) if compiled else set()
         self.projections: dict[tuple[Place, str], Projection] = {}
         self.losses: dict[str, Tensor] = {}
         self.pairs: list[_Pair] = []
@@ -126,6 +130,7 @@ class _Run:
     def _leave(self, *_: Any) -> None:
         if self.student.inside:
             self.pairs[-1].student.update(self.student.end())
+            self.unseen.difference_update(self.pairs[-1].student)
             self.met = True
 
     def _teach(self, args: Any, kwargs: Any) -> Seen:
@@ -166,6 +171,11 @@ class _Run:
     def _values(self, link: Link, pair: _Pair) -> list[Tensor]:
         """The loss of a link in each call of its module; none where the student left the module out (stochastic depth)."""
         students = pair.student.get((link.module, link.target), [])
+        if not students and (link.module, link.target) in self.unseen:
+            raise ConfigError(
+                f"{link.decided_by}: {link.name} does not show, because torch.compile had compiled the model before it was to; "
+                "call torch.compiler.reset() before the fit."
+            )
         found: list[Tensor] = []
         for index, student in enumerate(students):
             near: list[Tensor] = []
