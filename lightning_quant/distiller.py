@@ -46,11 +46,11 @@ class _JoinsLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step, and the added loss; anew for each call of an optimizer's closure."""
         self.run.pairs.clear()
-        self.run.stepping = True
+        self.run.open()  # no sooner: DistributedDataParallel calls the module with a batch, for whose length this is its forward
         try:
             output = self.own(*args, **kwargs)
         finally:
-            self.run.stepping = False
+            self.run.close()
         if not self.module.automatic_optimization:
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -92,35 +92,43 @@ class _Run:
         self.known: tuple[Any, list[tuple[int, int]], Seen] | None = None  # what the teacher was called with last in this batch
         self.handles: list[Any] = []
         self.step: _JoinsLoss | None = None
-        self.stepping = False  # inside `training_step`
         self.fresh = True  # no batch is over yet
         self.met, self.asked = False, False  # whether any forward was paired, and its loss asked for
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Put everything in place."""
+        """A LightningModule is watched while it is in `training_step`, any other from now on."""
         self.stop()
-        self.handles.append(self.called.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-        self.student.open()
-        self.handles.append(self.called.register_forward_hook(self._leave, always_call=True))
         if hasattr(self.model, "training_step"):
             self.step = _JoinsLoss(self.model, self)
+        else:
+            self.open()
 
     def stop(self) -> None:
         """Take everything away again."""
         if self.step is not None:
             self.step.undo()
-        for handle in self.handles:
-            handle.remove()
-        self.student.close()
-        self.handles, self.step, self.known = [], None, None
+        self.close()
+        self.step, self.known = None, None
         self.pairs.clear()
 
+    def open(self) -> None:
+        """Put hooks in place."""
+        self.handles.append(self.called.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+        self.student.open()
+        self.handles.append(self.called.register_forward_hook(self._leave, always_call=True))
+
+    def close(self) -> None:
+        """Remove them."""
+        for handle in self.handles:
+            handle.remove()
+        self.student.settle()
+        self.student.close()
+        self.handles = []
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.step is not None and not self.stepping and module is self.model and "forward" in module.__dict__:
-            return  # DistributedDataParallel calls the LightningModule with a batch: its forward is `training_step` for once
+    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         # A forward inside backward is a checkpoint's second one.
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1 and not self.student.inside:
             self.pairs.append(_Pair({}, self._teach(args, kwargs)))
@@ -390,7 +398,7 @@ class Distiller:
         self._run = None
 
     def start(self) -> None:
-        """A training batch begins: taps are in place; a LightningModule's `training_step` returns the added loss, too."""
+        """A training batch begins: a LightningModule's `training_step` is watched, and returns the added loss, too."""
         if self._run is not None:
             self._run.start()
 
@@ -419,7 +427,9 @@ class Distiller:
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """A training batch, without a Trainer: within it, ask for `loss()` after the forward."""
-        self.start()
+        if self._run is not None:
+            self._run.stop()
+            self._run.open()
         try:
             yield
         except BaseException:

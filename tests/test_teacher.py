@@ -470,6 +470,33 @@ def test_the_teacher_computes_once_for_an_input_that_comes_again() -> None:
     assert calls == [False] * 6
 
 
+def test_hooks_are_there_in_training_step_alone(quiet_trainer: Make) -> None:
+    """Not in validation, where a watched group would be simulated, also where a batch is left out."""
+    hooked: list[tuple[str, bool]] = []
+
+    class Looks(Lit):
+        def note(self, when: str) -> None:
+            hooked.append((when, any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            self.note("start")
+            return -1 if batch_idx == 2 and not self.current_epoch else None
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.note("step")
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self) -> None:
+            self.note("backward")
+
+        def on_validation_start(self) -> None:
+            self.note("validation")
+
+    fit(quiet_trainer, Looks(), Distils(ENTRIES, "self"), max_epochs=2)
+    batch = [("start", False), ("step", True), ("backward", False)]
+    assert hooked == [*batch * 2, ("start", False), *batch * 4, ("validation", False)]
+
+
 def test_an_exception_leaves_nothing_behind(quiet_trainer: Make) -> None:
     class Fails(Lit):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
