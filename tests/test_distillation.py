@@ -252,6 +252,19 @@ def test_a_checkpointed_forward_counts_once() -> None:
     torch.testing.assert_close(net.conv1.weight.grad, again.conv1.weight.grad)
 
 
+def test_a_checkpoint_around_the_model_counts_once() -> None:
+    student, teacher, x = Net(), teacher_net().eval(), torch.randn(4, 3, 8, 8)
+    expected = F.mse_loss(copied(student, Net())(x), teacher(x))
+    distiller = begun("mse", student, teacher)
+    with distiller.batch():
+        out = checkpoint(student, x, use_reentrant=False)
+        (out.sum() + distiller.loss()).backward()
+        assert distiller._run is not None
+        assert not distiller._run.pairs
+        assert distiller.loss() == 0
+    torch.testing.assert_close(distiller.losses["loss"], expected)
+
+
 def test_a_layer_that_training_leaves_out_adds_nothing() -> None:
     def skipping(self: Any, x: Tensor) -> Any:
         return x if self.training and self.__dict__.get("short") else self.fc(x)
