@@ -17,7 +17,7 @@ from lightning_quant.distillation import BRIDGED, Projection, distance, feature_
 from lightning_quant.keys import Problems
 from lightning_quant.links import Link, Links, TeacherNames, make_links
 from lightning_quant.prepare import LEARNED, Learned
-from lightning_quant.record import moved
+from lightning_quant.record import moved, split_example
 from lightning_quant.taps import Place, Seen, Taps
 from lightning_quant.teacher import SELF, Teacher, checked_teacher, evaluating, found_teacher
 
@@ -216,7 +216,7 @@ class _Run:
     def try_out(self, example: Any) -> list[str]:
         """Run both models on `example`, and compare what is tapped: projections are made here. Problems, or nothing."""
         like = next(self.model.parameters(), None)
-        args, kwargs = call_of(example if like is None else moved(example, like.device))
+        args, kwargs = split_example(example if like is None else moved(example, like.device))
         with evaluating(self.model):
             try:
                 self.student.open()
@@ -288,15 +288,6 @@ def _unlike(link: Link, name: str, student: Tensor, teacher: Tensor, why: str) -
         f"{link.decided_by}: {link.name} has shape {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "
         f"teacher ({name or 'the model'!r}): {why}."
     )
-
-
-def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of an example: a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)."""
-    if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
-        return example
-    if isinstance(example, dict):
-        return (), example
-    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
 class Distiller:

@@ -521,3 +521,9 @@ def test_an_exception_leaves_nothing_behind(quiet_trainer: Make) -> None:
     assert twin.__dict__["training_step"].__self__ is twin
     distiller.end()
     assert "training_step" not in model.__dict__
+    patched = model.__dict__["training_step"] = lambda batch, batch_idx: None
+    distiller.begin(model, example=IMAGE)
+    distiller.start()
+    assert model.__dict__["training_step"] is not patched
+    distiller.end()
+    assert model.__dict__["training_step"] is patched
