@@ -347,6 +347,8 @@ def test_a_net_inside_the_lightning_module() -> None:
             own = by_layer(copied(student.net, Net()), x)
     with pytest.raises(ConfigError, match=r"'other' is not in 'net', the module that is called with the input"):
         begun([{"op_names": ["other"]}], student, bare, entry="net")
+    with pytest.raises(ConfigError, match=r"link 'other' is outside of what is called with the input, 'net'\."):
+        begun([{"op_names": ["net.fc"], "link": "other"}], student, whole, entry="net")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------
