@@ -161,7 +161,8 @@ Where the features of student and teacher differ in number, `mse` and `cosine` c
 convolution; it trains with the model, resumes with it, and is not deployed). A dict of `config_list` and `origin_loss_lambda` weighs the
 loss of the step itself, too. Teachers: a module; the path of a checkpoint, loaded with the student's class, or `{class_path: ...,
 ckpt_path: ...}`; `self`, the float model as it is when training begins, which checkpoints keep. The teacher computes without gradients
-in eval mode, on what the student is called with, and is afterwards what it was.
+in eval mode, on what the student is called with, and is afterwards what it was. In manual optimization `training_step` adds
+`callback.distillation_loss()` itself, after the student's forward.
 """
 _DEVIATIONS = """\
 ## Where this differs from NNI 3.0
