@@ -265,6 +265,27 @@ def test_a_checkpoint_around_the_model_counts_once() -> None:
     torch.testing.assert_close(distiller.losses["loss"], expected)
 
 
+def test_the_teacher_meets_what_the_student_is_called_with() -> None:
+    """Not what hooks of the user's make of it: a copy of the student has these hooks, too. A forward may fail."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.fc(x)
+        if self.__dict__.pop("fails", False):
+            raise ValueError("on purpose")
+        return y
+
+    student, x = Calls(forward, fc=nn.Linear(3, 2)), torch.randn(5, 3)
+    student.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    distiller = begun(["mse", {"op_names": ["fc"], "target_names": ["_input_"]}], student, "self", x)
+    student.__dict__["fails"] = True
+    with distiller.batch():
+        with pytest.raises(ValueError, match="on purpose"):
+            student(x)
+        student(x)
+        distiller.loss()
+    assert {name: float(value) for name, value in distiller.losses.items()} == {"_output_": 0, "fc._input_": 0, "loss": 0}
+
+
 def test_a_layer_that_training_leaves_out_adds_nothing() -> None:
     def skipping(self: Any, x: Tensor) -> Any:
         return x if self.training and self.__dict__.get("short") else self.fc(x)
@@ -536,6 +557,10 @@ def test_a_state_of_another_distillation_is_refused() -> None:
     for idle in (three, fresh):
         idle.load_state_dict(state)  # to be saved again, in an evaluation say
         assert idle.state_dict() == state
+    again = begun("mse", Net(), "self")
+    assert not torch.equal(again.state_dict()["teacher"]["fc.weight"], state["teacher"]["fc.weight"])
+    again.load_state_dict(state)
+    assert again.state_dict()["teacher"] == state["teacher"]
     student = Net()
     begun([{"op_names": ["conv2"], "link": "0"}], student, wide)
     with pytest.raises(ConfigError, match="is to be learned, but no optimizer has a parameter group"):
