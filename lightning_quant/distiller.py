@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_quant.config import ConfigError, parse_distillation, raise_problems
 from lightning_quant.distillation import BRIDGED, Projection, distance, feature_dim, loss_named, mismatch, name_of
 from lightning_quant.keys import Problems
 from lightning_quant.links import Link, Links, TeacherNames, make_links
 from lightning_quant.prepare import LEARNED, Learned
-from lightning_quant.record import moved
+from lightning_quant.record import moved, split_example
 from lightning_quant.taps import Place, Seen, Taps
-from lightning_quant.targets import tensors_in
 from lightning_quant.teacher import SELF, Teacher, checked_teacher, evaluating, found_teacher
 
 
@@ -46,7 +46,11 @@ class _JoinsLoss:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step, and the added loss; anew for each call of an optimizer's closure."""
         self.run.pairs.clear()
-        output = self.own(*args, **kwargs)
+        self.run.open()  # no sooner: DistributedDataParallel calls the module with a batch, for whose length this is its forward
+        try:
+            output = self.own(*args, **kwargs)
+        finally:
+            self.run.close()
         if not self.module.automatic_optimization:
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -79,10 +83,13 @@ class _Run:
         modules = {link.module: model.get_submodule(link.module) if link.module else self.called for link in links.links}
         self.student = Taps({(link.module, link.target): modules[link.module] for link in links.links})
         self.taught = Taps({(name, link.target): names.by_name[name] for link in links.links for name in link.teachers})
+        compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())
+        # Compiled code has the hooks of when it was compiled; of these places nothing has been seen yet.
+        self.unseen = set(self.student.places) if compiled else set()
         self.projections: dict[tuple[Place, str], Projection] = {}
         self.losses: dict[str, Tensor] = {}
         self.pairs: list[_Pair] = []
-        self.known: tuple[list[tuple[Tensor, int]], Seen] | None = None  # what the teacher was called with last in this batch
+        self.known: tuple[Any, list[tuple[int, int]], Seen] | None = None  # what the teacher was called with last in this batch
         self.handles: list[Any] = []
         self.step: _JoinsLoss | None = None
         self.fresh = True  # no batch is over yet
@@ -91,23 +98,34 @@ class _Run:
     # -- a batch ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Put everything in place."""
+        """A LightningModule is watched while it is in `training_step`, any other from now on."""
         self.stop()
-        self.handles.append(self.called.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-        self.student.open()
-        self.handles.append(self.called.register_forward_hook(self._leave, always_call=True))
         if hasattr(self.model, "training_step"):
             self.step = _JoinsLoss(self.model, self)
+        else:
+            self.open()
 
     def stop(self) -> None:
         """Take everything away again."""
         if self.step is not None:
             self.step.undo()
+        self.close()
+        self.step, self.known = None, None
+        self.pairs.clear()
+
+    def open(self) -> None:
+        """Put hooks in place."""
+        self.handles.append(self.called.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+        self.student.open()
+        self.handles.append(self.called.register_forward_hook(self._leave, always_call=True))
+
+    def close(self) -> None:
+        """Remove them."""
         for handle in self.handles:
             handle.remove()
+        self.student.settle()
         self.student.close()
-        self.handles, self.step, self.known = [], None, None
-        self.pairs.clear()
+        self.handles = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
@@ -120,27 +138,24 @@ class _Run:
     def _leave(self, *_: Any) -> None:
         if self.student.inside:
             self.pairs[-1].student.update(self.student.end())
+            self.unseen.difference_update(self.pairs[-1].student)
             self.met = True
 
     def _teach(self, args: Any, kwargs: Any) -> Seen:
         """What is tapped in the teacher's forward; once for an input that comes again, as with LBFGS."""
-        given = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        if self.known is not None:
-            before, seen = self.known
-            if (
-                given
-                and len(given) == len(before)
-                and all(a is b and v == w for (a, v), (b, w) in zip(given, before, strict=True))
-            ):
-                return seen
+        plain = not kwargs and all(isinstance(one, Tensor) for one in args)  # else a word may make the difference
+        marks = [(id(tensor), tensor._version) for tensor in args] if plain else []
+        if marks and self.known is not None and marks == self.known[1]:
+            return self.known[2]
         self.taught.open()
         try:
             self.taught.begin()
             self.teacher(args, kwargs)
             seen = self.taught.end()
+            self.taught.settle()
         finally:
             self.taught.close()
-        self.known = (given, seen)
+        self.known = (args, marks, seen)
         return seen
 
     # -- the loss -----------------------------------------------------------------------------------------------------
@@ -148,6 +163,7 @@ class _Run:
     def loss(self) -> Tensor | None:
         """What the forwards since the last time add, a scalar with gradient; None if there was none."""
         self.asked = True
+        self.student.settle()
         added: dict[str, Tensor] = {}
         for link in self.links.links:
             values = [value for pair in self.pairs for value in self._values(link, pair)]
@@ -163,6 +179,11 @@ class _Run:
     def _values(self, link: Link, pair: _Pair) -> list[Tensor]:
         """The loss of a link in each call of its module; none where the student left the module out (stochastic depth)."""
         students = pair.student.get((link.module, link.target), [])
+        if not students and (link.module, link.target) in self.unseen:
+            raise ConfigError(
+                f"{link.decided_by}: {link.name} does not show, because torch.compile had compiled the model before it was to; "
+                "call torch.compiler.reset() before the fit."
+            )
         found: list[Tensor] = []
         for index, student in enumerate(students):
             near: list[Tensor] = []
@@ -195,7 +216,7 @@ class _Run:
     def try_out(self, example: Any) -> list[str]:
         """Run both models on `example`, and compare what is tapped: projections are made here. Problems, or nothing."""
         like = next(self.model.parameters(), None)
-        args, kwargs = call_of(example if like is None else moved(example, like.device))
+        args, kwargs = split_example(example if like is None else moved(example, like.device))
         with evaluating(self.model):
             try:
                 self.student.open()
@@ -269,15 +290,6 @@ def _unlike(link: Link, name: str, student: Tensor, teacher: Tensor, why: str) -
     )
 
 
-def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of an example: a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)."""
-    if isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict):
-        return example
-    if isinstance(example, dict):
-        return (), example
-    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
-
-
 class Distiller:
     """What a student is to learn from a teacher, from parsing to the loss; nothing of it joins the student's module tree.
 
@@ -327,6 +339,7 @@ class Distiller:
         self.learned: dict[str, nn.Parameter] = {}
         self._run: _Run | None = None
         self._saved: dict[str, Tensor] | None = None  # the weights of a teacher that was the student
+        self._kept: dict[str, Any] = {}  # the state when there is no run
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -344,6 +357,7 @@ class Distiller:
             ConfigError: with every problem found; the model and the teacher are then as they were.
         """
         self.end()
+        model.__dict__.pop(LEARNED, None)
         module, called = found_teacher(self.given, model, entry)
         names = TeacherNames(module, called, entry)
         problems: Problems = []
@@ -369,13 +383,13 @@ class Distiller:
     def end(self) -> None:
         """The fit is over: the teacher's flags and device are as before, and every hook is gone."""
         if self._run is not None:
-            self._keep_teacher()
+            self._kept = self.state_dict()
             self._run.stop()
             self._run.teacher.leave()
         self._run = None
 
     def start(self) -> None:
-        """A training batch begins: taps are in place; a LightningModule's `training_step` returns the added loss, too."""
+        """A training batch begins: a LightningModule's `training_step` is watched, and returns the added loss, too."""
         if self._run is not None:
             self._run.start()
 
@@ -404,7 +418,9 @@ class Distiller:
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """A training batch, without a Trainer: within it, ask for `loss()` after the forward."""
-        self.start()
+        if self._run is not None:
+            self._run.stop()
+            self._run.open()
         try:
             yield
         except BaseException:
@@ -430,24 +446,25 @@ class Distiller:
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _keep_teacher(self) -> None:
-        """Copy the weights of a teacher that was the student; they stay as they are, so once."""
-        if self._run is not None and self.given == SELF and self._saved is None:
-            state = self._run.teacher.module.state_dict()
-            self._saved = {name: value.detach().cpu().clone() for name, value in state.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """Projections, and the weights of a teacher that was the student when training began: plain tensors on the host."""
-        self._keep_teacher()
+        if self._run is None:
+            return dict(self._kept)
+        if self.given == SELF and self._saved is None:  # they stay as they are, so they are copied once
+            state = self._run.teacher.module.state_dict()
+            self._saved = {name: value.detach().cpu().clone() for name, value in state.items()}
         projections = {name: parameter.detach().cpu().clone() for name, parameter in self.learned.items()}
         return {"projections": projections, "teacher": self._saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, after `begin`.
+        """Take over a saved state, after `begin`; without a run it is only kept, to be saved again.
 
         Raises:
             ConfigError: if projections differ, or the saved run's teacher was not the student and this one's is.
         """
+        if self._run is None:
+            self._kept = dict(state)
+            return
         saved, own = state["projections"], self.learned
         if {name: tuple(p.shape) for name, p in own.items()} != {name: tuple(p.shape) for name, p in saved.items()}:
             raise ConfigError(
@@ -459,7 +476,7 @@ class Distiller:
                 "teacher: 'self' is the float model when training began, and the checkpoint is of a run that did not keep it; "
                 "give the path of a checkpoint from before training."
             )
-        if self.given == SELF and self._run is not None:
+        if self.given == SELF:
             try:
                 self._run.teacher.module.load_state_dict(state["teacher"])
             except RuntimeError as error:

@@ -410,26 +410,32 @@ ENTRY: dict[str, Key] = {
     **QUANTIZATION,
 }
 DISTILLATION: dict[str, Key] = {
-    "lambda": Key(check=number(0, 1e30), schema={}, default="1.0", text="Weight of this loss."),
+    "lambda": Key(check=number(0, 1e30), schema={}, values="a number from 0", default="1.0", text="Weight of this loss."),
     "link": Key(
         check=_link,
         schema={},
+        values="`auto`, a name, a list of names",
         default="auto",
         text="The teacher's module, by name; `auto` is the one of the same name. Of a list, the nearest one in each batch.",
     ),
     "apply_method": Key(
         check=_distillation_method,
         schema={},
+        values=", ".join(f"`{name}`" for name in DISTILLATION_METHODS) + "; a function of (student, teacher) or its path",
         default="mse",
-        text="The loss: `mse`, `kl` (Hinton et al. 2015), `cosine`, `attention` (Zagoruyko and Komodakis 2017), a function of "
-        "(student, teacher) or its path.",
+        text="The loss. `mse`: the mean squared difference. `kl`: KL divergence of softened classes, times the square of the "
+        "temperature (Hinton et al. 2015). `cosine`: 1 - the cosine between features. `attention`: the squared difference of "
+        "normalised maps of where activations are great (Zagoruyko and Komodakis 2017). All are means over positions.",
     ),
-    "temperature": Key(check=_temperature, schema={}, default="2.0", text="Of `kl`: logits are divided by it."),
+    "temperature": Key(
+        check=_temperature, schema={}, values="a number above 0", default="2.0", text="Of `kl`: what logits are divided by."
+    ),
     "dim": Key(
         check=number(-16, 16, whole=True),
         schema={},
-        default="1 for pictures and layers for sequences of channels (`Conv1d`), else -1",
-        text="The dimension of the classes, channels or features.",
+        values="an integer",
+        default="1 from four dimensions on and for layers of sequences (`Conv1d`), else the last; linear layers: the last",
+        text="The dimension of classes, channels or features.",
     ),
 }
 # What stands in lists of its own; "sparsity" is what older NNI called a ratio. A test holds the names to the rows.

@@ -91,7 +91,7 @@ class TeacherNames:
     def problem(self, name: str) -> str:
         """Why nothing can be linked with `name`, with close names."""
         if name in self.by_name:
-            return f"is outside of what is called with the input, {self.called!r}"
+            return f"is outside of what is called with the input, {self.called!r}."
         near = closest(name, [other for other in self.inside if other])
         hint = f" Close: {', '.join(map(repr, near))}." if near else ""
         return f"is no module of the teacher, a {self.kind}.{hint}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import PRESETS
-from lightning_quant.keys import ENTRY, QUANTIZATION, SELECTION, Blocks, Key
+from lightning_quant.keys import DISTILLATION, ENTRY, QUANTIZATION, SELECTION, Blocks, Key
 from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
 from lightning_quant.settings import OPERATORS, PruningSetting, QuantizationSetting
 
@@ -201,6 +201,26 @@ mean for them what they mean for other layers. Where this differs from NNI 3.0, 
 | the weights behind masks are kept | they are 0 (but for `movement`) | what is trained is what ships |
 
 """
+_DISTILLATION = """\
+## Distillation
+
+A list of its own, beside a teacher. Its entries select modules and tensors as above (`_input_` and `_output_` targets), and say how far
+the student's is from the teacher's; the sum joins the loss that `training_step` returns. An entry that selects nothing, or has the
+name `""`, means the model's own output: `"kl"` is `[{"apply_method": "kl"}]`.
+
+```yaml
+- {apply_method: kl, temperature: 4}                              # the logits
+- {op_names: [net.layer1, net.layer2], lambda: 0.5}               # the teacher's modules of the same names
+- {op_names: [net.layer3], link: [layer3, layer4], apply_method: attention}
+```
+
+Where the features of student and teacher differ in number, `mse` and `cosine` compare a learned linear map of the student's (a 1x1
+convolution; it trains with the model, resumes with it, and is not deployed). A dict of `config_list` and `origin_loss_lambda` weighs the
+loss of the step itself, too. Teachers: a module; the path of a checkpoint, loaded with the student's class, or `{class_path: ...,
+ckpt_path: ...}`; `self`, the float model as it is when training begins, which checkpoints keep. The teacher computes without gradients
+in eval mode, on what the student is called with, and is afterwards what it was. In manual optimization `training_step` adds
+`callback.distillation_loss()` itself, after the student's forward.
+"""
 _DEVIATIONS = """\
 ## Where this differs from NNI 3.0
 
@@ -231,6 +251,10 @@ _DEVIATIONS = """\
 | ReLU6 is no fusion pattern | it is | the page's own model uses it |
 | a list granularity on an activation is padded at the front, over the batch too | refused where dimension 0 would have a scale for each index | such a scale fits one batch size only |
 | the order in which modules are wrapped changes from run to run | is that of the model | |
+| a distilled teacher stays in train mode, and its batch norm moves | eval mode, and as it was afterwards | |
+| `kl` has temperature 2 and sums over all positions of a sample | `temperature`, 2 by default; the mean over positions (equal for logits (N, classes)) | the weight need not change with the length of a text |
+| the model's own output cannot be distilled | an entry that selects nothing | logits are what most distil |
+| Adaptive1dLayerwiseDistiller bridges the last dimension | by itself where features differ in number, channels, too | |
 """
 
 
@@ -290,6 +314,9 @@ def page() -> str:
         "What only moves values (view, flatten, permute, split, max_pool, padding with 0, ...) needs no quantizer: the grid goes through.",
         "",
         _FUSION,
+        _DISTILLATION,
+        *_table(DISTILLATION),
+        "",
         _NOTES,
         _PRUNING,
         "The keys, in an entry for all its targets, in `target_settings` for one:",

@@ -264,10 +264,7 @@ class PruningSetting(_Registry):
 
 
 class DistillationSetting(_Registry):
-    """Which tensors of a module type are compared with a teacher's; a type without a setting has the one for its output.
-
-    Data only until distillation is built.
-    """
+    """Which tensors of a module type are compared with a teacher's; a type without a setting has the one for its output."""
 
     registry: ClassVar[dict[str, Setting]] = {}
     _types: ClassVar[dict[str, type[nn.Module]]] = {}

@@ -19,8 +19,8 @@ Seen = dict[Place, list[Tensor]]  # what was there in each call of the module
 class Taps:
     """Hooks that note tensors of one model while `inside`; they are in place between `open` and `close` only.
 
-    A tensor that the forward writes over later is noted as a copy: what was there when it was made counts. Whether it does is
-    seen in the first forward, compiled code aside, which always copies.
+    A tensor that is written over later is noted as a copy: what was there when it was made counts. Whether it is shows in the
+    first batch (`settle`); compiled code always copies.
 
     Args:
         places: the module of each place.
@@ -57,11 +57,15 @@ class Taps:
 
     def end(self) -> Seen:
         """It is over: what was noted."""
-        for key, tensor, version in self.first:
-            self.copies[key] = self.copies.get(key, False) or tensor._version != version
-        self.first, self.inside = [], False
+        self.inside = False
         seen, self.seen = self.seen, {}
         return seen
+
+    def settle(self) -> None:
+        """What was noted has been used: learn which tensors were written over by then."""
+        for key, tensor, version in self.first:
+            self.copies[key] = self.copies.get(key, False) or tensor._version != version
+        self.first = []
 
     def _before(self, key: Place, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self.inside:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_quant.convert import copy_of
 from lightning_quant.distillation import imported
 from lightning_quant.group import own_class
 from lightning_quant.keys import closest
+from lightning_quant.record import undisturbed
 from lightning_quant.targets import on_tensors, tensors_in
 
 SELF = "self"
@@ -138,7 +139,7 @@ class Teacher:
             with self._evaluating():
                 self(args, kwargs)
             return
-        with torch.no_grad():
+        with torch.no_grad(), _every_layer():
             if self.dtype is not None:
                 args, kwargs = on_tensors(lambda x: x.to(self.dtype) if x.is_floating_point() else x, (args, kwargs))
             given = [] if self.writes is False else list(tensors_in((args, kwargs)))
@@ -171,12 +172,18 @@ class Teacher:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Within this context `model` is in eval mode, without gradients and compilers; its flags and random state come back."""
-    modes = [(one, one.training) for one in model.modules()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        try:
-            yield model.eval()
-        finally:
-            for one, mode in modes:
-                one.training = mode
+def _every_layer() -> Iterator[None]:
+    """Within this context torch's encoders call their layers: their fused kernel would not, and has zeros for what is padded."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` is in eval mode, without hooks, gradients and compilers; all is as it was afterwards."""
+    with undisturbed(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield

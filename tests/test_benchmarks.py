@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import accuracy
+import distillation
 import eval_time
 import latency
 import memory
@@ -87,6 +88,15 @@ def test_step_time_measures_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_quartiles_are_of_the_ratios_round_by_round() -> None:
     assert step_time.quartiles_of_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == [1.5, 2.0, 2.5]
+
+
+def test_what_a_teacher_costs_and_the_interval_of_what_it_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    distillation.main(["cost", "--nets", "mlp", "--rounds", "2"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]
+    lanes = ["float", "float, kl of the output", "float, and mse of its blocks", "ours", "ours, kl of the output"]
+    assert [row[14:46].strip() for row in rows] == lanes
+    assert [len(row[46:].split()) for row in rows] == [1, 4, 4, 4, 4]
+    assert list(distillation.interval([1.0, 2.0, 3.0])) == pytest.approx([2.0, 4.303 / 3**0.5])
 
 
 def test_two_processes_print_what_merging_costs(capsys: pytest.CaptureFixture[str]) -> None:

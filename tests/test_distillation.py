@@ -159,6 +159,18 @@ def test_a_tensor_counts_as_it_was_when_it_was_made(example: bool) -> None:
     }
 
 
+def test_a_step_may_write_over_the_output() -> None:
+    student, teacher = Net(), teacher_net().eval()
+    distiller = begun("mse", student, teacher)
+    for _ in range(2):
+        x = torch.randn(8, 3, 8, 8)
+        expected = F.mse_loss(copied(student, Net())(x), teacher(x))
+        with distiller.batch():
+            out = student(x).mul_(3)
+            (out.sum() + distiller.loss()).backward()
+        torch.testing.assert_close(distiller.losses["_output_"], expected)
+
+
 def test_inputs_and_further_outputs_are_targets() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -238,6 +250,40 @@ def test_a_checkpointed_forward_counts_once() -> None:
         again(x)
         distiller.loss().backward()
     torch.testing.assert_close(net.conv1.weight.grad, again.conv1.weight.grad)
+
+
+def test_a_checkpoint_around_the_model_counts_once() -> None:
+    student, teacher, x = Net(), teacher_net().eval(), torch.randn(4, 3, 8, 8)
+    expected = F.mse_loss(copied(student, Net())(x), teacher(x))
+    distiller = begun("mse", student, teacher)
+    with distiller.batch():
+        out = checkpoint(student, x, use_reentrant=False)
+        (out.sum() + distiller.loss()).backward()
+        assert distiller._run is not None
+        assert not distiller._run.pairs
+        assert distiller.loss() == 0
+    torch.testing.assert_close(distiller.losses["loss"], expected)
+
+
+def test_the_teacher_meets_what_the_student_is_called_with() -> None:
+    """Not what hooks of the user's make of it: a copy of the student has these hooks, too. A forward may fail."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.fc(x)
+        if self.__dict__.pop("fails", False):
+            raise ValueError("on purpose")
+        return y
+
+    student, x = Calls(forward, fc=nn.Linear(3, 2)), torch.randn(5, 3)
+    student.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    distiller = begun(["mse", {"op_names": ["fc"], "target_names": ["_input_"]}], student, "self", x)
+    student.__dict__["fails"] = True
+    with distiller.batch():
+        with pytest.raises(ValueError, match="on purpose"):
+            student(x)
+        student(x)
+        distiller.loss()
+    assert {name: float(value) for name, value in distiller.losses.items()} == {"_output_": 0, "fc._input_": 0, "loss": 0}
 
 
 def test_a_layer_that_training_leaves_out_adds_nothing() -> None:
@@ -322,6 +368,8 @@ def test_a_net_inside_the_lightning_module() -> None:
             own = by_layer(copied(student.net, Net()), x)
     with pytest.raises(ConfigError, match=r"'other' is not in 'net', the module that is called with the input"):
         begun([{"op_names": ["other"]}], student, bare, entry="net")
+    with pytest.raises(ConfigError, match=r"link 'other' is outside of what is called with the input, 'net'\."):
+        begun([{"op_names": ["net.fc"], "link": "other"}], student, whole, entry="net")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------
@@ -505,6 +553,17 @@ def test_a_state_of_another_distillation_is_refused() -> None:
         three.load_state_dict(two.state_dict())
     with pytest.raises(ConfigError, match="the checkpoint's teacher is another model than this one"):
         begun("mse", nn.Sequential(nn.Conv2d(3, 1, 1)), "self").load_state_dict(three.state_dict())
+    state = three.state_dict()
+    three.end()
+    fresh = Distiller("mse", "self")
+    assert fresh.state_dict() == {} and fresh.links is None and fresh.losses == {} and fresh.loss() == 0
+    for idle in (three, fresh):
+        idle.load_state_dict(state)  # to be saved again, in an evaluation say
+        assert idle.state_dict() == state
+    again = begun("mse", Net(), "self")
+    assert not torch.equal(again.state_dict()["teacher"]["fc.weight"], state["teacher"]["fc.weight"])
+    again.load_state_dict(state)
+    assert again.state_dict()["teacher"] == state["teacher"]
     student = Net()
     begun([{"op_names": ["conv2"], "link": "0"}], student, wide)
     with pytest.raises(ConfigError, match="is to be learned, but no optimizer has a parameter group"):

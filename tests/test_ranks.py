@@ -123,6 +123,14 @@ def test_learned_scales_are_trained_as_in_one_process(name: str, two: list[dict[
     assert all(not torch.equal(scale, torch.ones_like(scale)) for scale in start.values())
 
 
+def test_distillation_is_that_of_one_process(two: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The added loss is part of what DistributedDataParallel looks through for parameters without gradient."""
+    one = two_processes.SCENARIOS["distilled"](tmp_path)
+    found = differences(one, two[0]["distilled"])
+    assert set(one["scales"]) == {"aside._output_->b.weight", "aside._output_->b.bias"} and one["moved"]
+    assert max(found.values(), default=0) < 1e-4, found
+
+
 @pytest.mark.parametrize("name", ["quantized", "learned at once"])
 def test_rounded_from_the_first_batch_on_a_run_stays_near_that_of_one_process(
     name: str, two: list[dict[str, Any]], tmp_path: Path

@@ -14,8 +14,8 @@ import yaml
 from torch import nn
 
 from lightning_quant import QuantizationSetting, make_plan, schema
-from lightning_quant.config import PRESETS, ConfigError, parse_pruning, parse_rules
-from lightning_quant.keys import ENTRY, QUANTIZATION
+from lightning_quant.config import PRESETS, ConfigError, parse_distillation, parse_pruning, parse_rules
+from lightning_quant.keys import DISTILLATION, ENTRY, QUANTIZATION
 from lightning_quant.plan import parse_settings
 from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
 from lightning_quant.pruning_plan import Pruning
@@ -165,14 +165,15 @@ def test_what_the_parser_of_pruning_refuses_the_schema_refuses(keys: dict[str, A
 
 def test_the_examples_fit_the_schema() -> None:
     assert valid(yaml.safe_load((ROOT / "examples" / "quant.yaml").read_text()))
-    snippet, settings = re.findall(r"```yaml\n(.*?)```", schema.page(), flags=re.DOTALL)
+    snippet, distillation, settings = re.findall(r"```yaml\n(.*?)```", schema.page(), flags=re.DOTALL)
     assert parse_settings(yaml.safe_load(settings))
     assert valid(yaml.safe_load(snippet))
     assert len(parse_rules(yaml.safe_load(snippet))) == 2
+    assert len(parse_distillation(yaml.safe_load(distillation)).rules) == 3
 
 
 def test_every_row_has_a_text_and_a_default() -> None:
-    for rows in (ENTRY, QUANTIZATION, PRUNING_ENTRY):
+    for rows in (ENTRY, QUANTIZATION, PRUNING_ENTRY, DISTILLATION):
         assert all(key.text.endswith(".") and key.default for key in rows.values())
 
 

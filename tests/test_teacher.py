@@ -372,6 +372,54 @@ def test_a_teacher_from_a_checkpoint(tmp_path: Path, quiet_trainer: Make) -> Non
             begun("mse", Lit(), teacher)
 
 
+def test_a_model_that_was_compiled_before_is_refused() -> None:
+    torch.compiler.reset()
+
+    def outer(net: Any) -> Calls:
+        return Calls(lambda self, x: self.net(x), net=net)
+
+    student, x = outer(torch.compile(Net(), backend="eager")), torch.randn(4, 3, 8, 8)
+    student(x)
+    distiller = begun(["mse", {"op_names": ["net.pool"]}], student, outer(teacher_net()))
+    distiller.start()
+    student(x)
+    with pytest.raises(
+        ConfigError, match=r"net\.pool\._output_ does not show, because torch\.compile had compiled the model before"
+    ):
+        distiller.loss()
+    distiller.end()
+    torch.compiler.reset()
+    distiller = begun(["mse", {"op_names": ["net.pool"]}], student, outer(teacher_net()))
+    assert set(added(distiller, student, x)) == {"_output_", "net.pool._output_", "loss"}
+
+
+def test_layers_that_torchs_encoders_pass_by_show() -> None:
+    """In eval mode without gradients an encoder's fused kernel would not call them."""
+    with torch.random.fork_rng():
+        student, teacher = (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2) for _ in "ab")
+    x = torch.randn(3, 5, 8)
+    entries = [{"op_names": ["layers.0.linear1", "layers.1.norm2", "layers.1"]}]
+    found = added(begun(entries, student, teacher, x), student, x)
+    made: list[list[Tensor]] = []
+    for net in (student.train(), teacher.train()):  # without dropout train mode computes what eval does
+        first, second = net.layers
+        inner: list[Tensor] = []
+        with first.linear1.register_forward_hook(lambda *call, inner=inner: inner.append(call[2])):
+            out = second(first(x))
+        made.append([inner[0], out])
+    torch.testing.assert_close(found["layers.0.linear1._output_"], F.mse_loss(made[0][0], made[1][0]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["layers.1._output_"], F.mse_loss(made[0][1], made[1][1]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["layers.1.norm2._output_"], found["layers.1._output_"])
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    own, other = [
+        Calls(lambda self, x: self.net(x, src_key_padding_mask=mask), net=copy.deepcopy(net)) for net in (student, teacher)
+    ]
+    found = added(begun([{"op_names": ["net.layers.0"]}], own, other, x), own, x)  # not on nested tensors
+    firsts = [net.layers[0](x, src_key_padding_mask=mask) for net in (student, teacher.train())]
+    torch.testing.assert_close(found["net.layers.0._output_"], F.mse_loss(*firsts), rtol=1e-4, atol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_the_teacher_may_be_of_another_type_and_on_its_own_flags() -> None:
     """A float64 teacher of a float32 student; one in a module of the user's that `train()` reaches."""
     student, teacher, x = Net(), teacher_net().double(), torch.randn(4, 3, 8, 8)
@@ -381,7 +429,6 @@ def test_the_teacher_may_be_of_another_type_and_on_its_own_flags() -> None:
     assert teacher.conv1.weight.dtype == torch.float64
     holder = Lit()
     holder.teacher = teacher_net().requires_grad_(False)
-    holder.forward = lambda x: Net.forward(holder, x)  # type: ignore[method-assign, arg-type]
     distiller = begun("mse", holder, holder.teacher)
     holder.train()
     before = weights(holder.teacher)
@@ -403,12 +450,13 @@ def test_the_teacher_computes_once_for_an_input_that_comes_again() -> None:
     calls = []
 
     class Counting(Net):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, word: str = "") -> Tensor:
             calls.append(torch.is_grad_enabled() or torch.is_inference_mode_enabled())
             return super().forward(x)
 
-    student, x = Net(), torch.randn(4, 3, 8, 8)
+    student, x = Counting(), torch.randn(4, 3, 8, 8)
     distiller = begun("mse", student, Counting())
+    student.__dict__["forward"] = lambda x, word="": Net.forward(student, x)
     calls.clear()
     with distiller.batch():
         for _ in range(3):
@@ -416,8 +464,37 @@ def test_the_teacher_computes_once_for_an_input_that_comes_again() -> None:
         student(x.clone())
         student(y := torch.randn(4, 3, 8, 8))
         student(y.add_(1))
+        student(y, "one")
+        student(y, "two")
         distiller.loss()
-    assert calls == [False] * 4
+    assert calls == [False] * 6
+
+
+def test_hooks_are_there_in_training_step_alone(quiet_trainer: Make) -> None:
+    """Not in validation, where a watched group would be simulated, also where a batch is left out."""
+    hooked: list[tuple[str, bool]] = []
+
+    class Looks(Lit):
+        def note(self, when: str) -> None:
+            hooked.append((when, any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            self.note("start")
+            return -1 if batch_idx == 2 and not self.current_epoch else None
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.note("step")
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self) -> None:
+            self.note("backward")
+
+        def on_validation_start(self) -> None:
+            self.note("validation")
+
+    fit(quiet_trainer, Looks(), Distils(ENTRIES, "self"), max_epochs=2)
+    batch = [("start", False), ("step", True), ("backward", False)]
+    assert hooked == [*batch * 2, ("start", False), *batch * 4, ("validation", False)]
 
 
 def test_an_exception_leaves_nothing_behind(quiet_trainer: Make) -> None:
@@ -444,3 +521,9 @@ def test_an_exception_leaves_nothing_behind(quiet_trainer: Make) -> None:
     assert twin.__dict__["training_step"].__self__ is twin
     distiller.end()
     assert "training_step" not in model.__dict__
+    patched = model.__dict__["training_step"] = lambda batch, batch_idx: None
+    distiller.begin(model, example=IMAGE)
+    distiller.start()
+    assert model.__dict__["training_step"] is not patched
+    distiller.end()
+    assert model.__dict__["training_step"] is patched

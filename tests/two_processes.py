@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from distils import Distils
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -304,6 +305,30 @@ def skipped(folder: Path) -> dict[str, Any]:
     return left(model)
 
 
+class Aside(Chain):
+    """A layer that nothing but a teacher has a word about."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.05)
+        self.aside = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(self.a(x))
+        return super().forward(x)
+
+
+def distilled(folder: Path) -> dict[str, Any]:
+    """A teacher with a projection between widths; DistributedDataParallel looks for parameters without gradient."""
+    torch.manual_seed(5)
+    teacher, model = Chain(), Aside()
+    entries = ["kl", {"op_names": ["aside"], "link": "b"}, {"op_names": ["twice"], "apply_method": "cosine", "lambda": 0.5}]
+    callback = Distils(entries, teacher, example=torch.zeros(2, 6))
+    options = {"strategy": "ddp_find_unused_parameters_true"} if several() else {}
+    trainer_of(folder, callback, max_epochs=2, **options).fit(model, loader())
+    scales = {name: one.detach().clone() for name, one in callback.distiller.learned.items()}
+    return left(model, scales=scales, moved=bool((model.aside.weight - Aside().aside.weight).abs().max() > 1e-3))
+
+
 def calibrated(folder: Path) -> dict[str, Any]:
     """Without training. One process has the batches that the two have, one after the other."""
     calibration = {"batches": 6, "equalize": True, "correct_biases": True, "learn_rounding": True}
@@ -412,6 +437,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "manual": manual,
     "skipped": skipped,
     "calibrated": calibrated,
+    "distilled": distilled,
 }
 ONLY_TWO: dict[str, Callable[[Path], Any]] = {
     "scaled": scaled,
