@@ -267,7 +267,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_names("mean sum nansum amax amin max min var std argmax argmin prod any all"), reduced),
     **dict.fromkeys(_names("clone _to_copy detach alias lift_fresh"), same),
     **dict.fromkeys(_names("zeros_like ones_like full_like empty_like rand_like randn_like fill_ zero_"), alike),
-    **dict.fromkeys(_names("hardswish hardswish_ _prelu_kernel rsub log_sigmoid_forward native_dropout"), pointwise),
+    **dict.fromkeys(_names("hardswish hardswish_ _prelu_kernel rsub log_sigmoid_forward"), pointwise),
     **dict.fromkeys(
         _names(
             "cat stack repeat roll flip index_select index gather pixel_shuffle pixel_unshuffle channel_shuffle "

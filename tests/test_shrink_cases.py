@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from test_shrink import assert_same, double, mask_rows, reasons
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
+from lightning_quant import ConfigError, convert_model, export_model, load_deployed, make_plan, prepare_model, restore_model
 from lightning_quant.calibrate import calibrate
 from lightning_quant.heads import FewerHeads
+from lightning_quant.narrow import cut_model
 from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizer_state
 from lightning_quant.rounding import learn_rounding
 from lightning_quant.shrink import Cost, Shrunk, shrink_model
@@ -649,6 +651,29 @@ def test_norms_without_numbers_know_their_channels() -> None:
     net = chain(a=conv(3, 8), n=nn.InstanceNorm2d(8), b=conv(8, 8, 1), g=nn.GroupNorm(4, 8, affine=False), c=conv(8, 2))
     result = shrunk(net, {"a": [1], "b": [2, 3]})
     assert (result.model.n.num_features, result.model.g.num_groups, result.model.g.num_channels) == (7, 3, 6)
+
+
+def test_another_instance_is_cut_to_fit_the_small_ones_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def fresh() -> Net:
+        layers = {"a": conv(3, 8, padding=1), "dw": conv(8, 8, groups=8), "b": conv(8, 4, bias=False)}
+        return Net(in_turn(*layers), **layers)
+
+    net, x = fresh(), X.float()
+    prepare_model(net, make_plan(net, "int8", example_input=x))
+    net.train()(x)
+    result = small(net.eval(), mask_rows(net, {"a": [1, 2], "dw": [1, 2]}, bias=False), x)
+    deployed = convert_model(result.model)
+    export_model(deployed, tmp_path / "small.pt", example_input=x)
+    other = fresh()
+    cut_model(other, result.cuts)
+    assert other.get_submodule("dw").groups == 6
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "small.pt", model=other)(x), deployed(x))
+    other.load_state_dict(restore_model(result.model).state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.eval()(x), result.model(x))
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------
