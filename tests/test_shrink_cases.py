@@ -5,19 +5,31 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from test_shrink import assert_same, double, mask_rows, reasons
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_quant import ConfigError, convert_model, export_model, load_deployed, make_plan, prepare_model, restore_model
+from lightning_quant import (
+    ConfigError,
+    QuantFusionCallback,
+    convert_model,
+    export_model,
+    load_deployed,
+    make_plan,
+    prepare_model,
+    restore_model,
+)
 from lightning_quant.calibrate import calibrate
 from lightning_quant.heads import FewerHeads
 from lightning_quant.narrow import cut_model
@@ -674,6 +686,49 @@ def test_another_instance_is_cut_to_fit_the_small_ones_numbers(tmp_path: Path) -
     other.load_state_dict(restore_model(result.model).state_dict())
     with torch.no_grad():
         assert torch.equal(other.eval()(x), result.model(x))
+
+
+class Masked(Callback):
+    """Masks after every step; at the end shrinks what was trained."""
+
+    result: Any = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        mask_rows(pl_module, {"stem": [1, 3], "conv": [1, 3], "bn": [1, 3]})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        masks = mask_rows(pl_module, {"stem": [1, 3], "conv": [1, 3], "bn": [1, 3]})
+        self.result = shrink_model(pl_module, masks, torch.randn(4, 3, 8, 8))
+
+
+def test_masked_and_quantized_in_one_fit_then_smaller() -> None:
+    class Lit(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.bn, self.head = conv(3, 6), conv(6, 6, padding=1), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+        forward = Residual.forward
+
+        def training_step(self, batch: Sequence[Tensor], _: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    pl.seed_everything(0, verbose=False)
+    data = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 2, (32,))), batch_size=8)
+    masked, quantized = Masked(), QuantFusionCallback("int8", dirpath=None)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, callbacks=[masked, quantized], accelerator="cpu", enable_model_summary=False, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*smaller than the logging interval.*")
+        trainer.fit(Lit(), data)
+    deployed, x = convert_model(masked.result.model), torch.randn(5, 3, 8, 8)
+    assert masked.result.model.stem.out_channels == masked.result.model.conv.in_channels == 4 and not masked.result.kept
+    with torch.no_grad():
+        assert torch.equal(deployed(x), masked.result.model.eval()(x))
+        whole = quantized.deployed_model
+        assert whole is not None and (deployed(x) - whole(x)).abs().max() <= 0.05 * whole(x).abs().max()
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------
