@@ -323,6 +323,37 @@ def test_what_shrinking_cannot_follow_stays_with_the_reason(why: str, run: Calla
     assert why in kept_because(run, a=conv(3, 6), b=conv(6, 2), head=conv(1, 2))
 
 
+def by_hand(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+
+
+@pytest.mark.parametrize("shuffle", [by_hand, lambda x: F.channel_shuffle(x, 2), nn.ChannelShuffle(2)])
+def test_of_shuffled_channels_those_go_that_leave_no_holes(shuffle: Callable[[Tensor], Tensor]) -> None:
+    net = double(Net(lambda n, x: n.b(shuffle(n.a(x))), a=conv(3, 8), b=conv(8, 4)))
+    result = shrunk(net, {"a": [1, 5, 6]})
+    assert shape(result, "b.weight") == (4, 6, 3, 3) and result.removed["a.weight"] == (2, 8)
+    assert "arranges channels in a way that leaves holes where it goes" in reasons(result, "a.weight")
+
+
+def test_an_example_that_is_alike_everywhere_makes_nothing_constant() -> None:
+    net: Any = double(Net(lambda n, x: n.b(n.a(x) + n.c(x)), a=conv(3, 6), c=conv(3, 6), b=conv(6, 2)))
+    masks = mask_rows(net, {"a": [1, 2], "c": [2]})
+    result = small(net, masks, torch.zeros_like(X))
+    assert_same(result, net, X)
+    assert result.model.b.in_channels == 5
+    assert reasons(result, "a.weight") == "b reads it, and it is not constant: what makes it is not masked altogether"
+
+
+def test_places_written_in_the_forward_are_seen_behind_weights_of_zero() -> None:
+    net: Any = double(Net(lambda n, x: n.head(n.a(x)[:, 3:4]), a=conv(3, 6), head=conv(1, 2)))
+    with torch.no_grad():
+        net.head.weight.zero_()
+    result = shrunk(net, {"a": [1]})
+    assert result.model.a.out_channels == 6
+    assert "the forward has sizes or places of channels written in" in reasons(result, "a.weight")
+
+
 def test_writing_into_a_part_of_a_tensor_is_seen() -> None:
     def run(net: Any, x: Tensor) -> Any:
         y = net.a(x)
