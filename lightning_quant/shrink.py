@@ -50,10 +50,11 @@ class Shrunk:
 
     `removed`: by layer and parameter ('conv1.weight'), how many of how many slices went, along its first dimension ("rows") and
     its second ("columns"); `kept`: by the same names, how many masked slices stay, by reason. `before`, `after`: of the float
-    model.
+    model. `cuts`: for `cut_model`, which has another instance of the model, as it was made, fit the small one's `state_dict`.
     """
 
     model: nn.Module
+    cuts: Cuts
     before: Cost
     after: Cost
     removed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -109,10 +110,12 @@ def shrink_model(
     problems = _problems(cuts, required)
     if problems:
         raise ConfigError("; ".join(problems) + ".")
+    cuts = replace(cuts, ranges=ranges_of(flow, model, cuts))
     keep_cuts(model, model.get_submodule(entry), cuts)
-    cut_model(model, replace(cuts, ranges=ranges_of(flow, model, cuts)))
+    cut_model(model, cuts)
     return Shrunk(
         model=model,
+        cuts=cuts,
         before=run.cost(run.model),
         after=run.cost(run.cut(cuts)),
         removed=_removed(flow, cuts),
@@ -298,14 +301,14 @@ def _alike(found: Tensor, expected: Tensor, relative: float) -> bool:
 
 def _randomise(model: nn.Module, cuts: Cuts) -> None:
     """Random numbers for all weights, 0 for those that go: whatever the values are, cutting must leave the outputs."""
-    generator = torch.Generator().manual_seed(0)
+    generator, buffers = torch.Generator().manual_seed(0), dict(model.named_buffers())
     with torch.no_grad():
         for name, tensor in stored_tensors(model).items():
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             fan = max(1, tensor[0].numel()) if tensor.dim() > 1 else 1
             values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / fan**0.5
-            values = values.abs() + 0.5 if name.endswith("running_var") else values
+            values = values.abs() + 0.5 if name in buffers else values  # a variance, say
             tensor.copy_(values)
             for (own, dim), gone in cuts.gone.items():
                 if own == name:

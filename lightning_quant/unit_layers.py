@@ -24,6 +24,7 @@ from lightning_quant.unit_rules import (
     pointwise,
     reduced,
     same,
+    shuffled,
     softmax,
     spatial,
     unknown,
@@ -261,17 +262,18 @@ _RULES: dict[str, Rule] = {
     "constant_pad_nd": zero_padding,
     "copy_": written,
     "glu": gated,
+    **dict.fromkeys(_names("channel_shuffle native_channel_shuffle"), shuffled),
     **dict.fromkeys(_names("new_empty new_zeros new_ones new_full new_empty_strided"), empty),
     "as_strided": unknown,
     **dict.fromkeys(_names("_softmax _log_softmax"), softmax),
     **dict.fromkeys(_names("mean sum nansum amax amin max min var std argmax argmin prod any all"), reduced),
     **dict.fromkeys(_names("clone _to_copy detach alias lift_fresh"), same),
     **dict.fromkeys(_names("zeros_like ones_like full_like empty_like rand_like randn_like fill_ zero_"), alike),
-    **dict.fromkeys(_names("hardswish hardswish_ _prelu_kernel rsub log_sigmoid_forward native_dropout"), pointwise),
+    **dict.fromkeys(_names("hardswish hardswish_ _prelu_kernel rsub log_sigmoid_forward"), pointwise),
     **dict.fromkeys(
         _names(
-            "cat stack repeat roll flip index_select index gather pixel_shuffle pixel_unshuffle channel_shuffle "
-            "native_channel_shuffle unsafe_split unsafe_chunk unsafe_split_with_sizes _unsafe_view slice_scatter select_scatter "
+            "cat stack repeat roll flip index_select index gather pixel_shuffle pixel_unshuffle "
+            "unsafe_split unsafe_chunk unsafe_split_with_sizes _unsafe_view slice_scatter select_scatter "
             "view_copy expand_copy repeat_interleave"
         ),
         moved,

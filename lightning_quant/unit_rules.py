@@ -114,6 +114,16 @@ def same(call: Call) -> list[Shadow]:
     return [call.raw(call.read[0])]
 
 
+def shuffled(call: Call) -> list[Shadow]:
+    """`channel_shuffle`: of each group of channels equally many, in the same places."""
+    x, groups = call.read[0], int(call.argument(1, "groups"))
+    units = call.of(x).units
+    if units.shape[1] > 1:
+        parts = units.movedim(1, 0).flatten(1)[:, 0].view(groups, -1)
+        call.flow.tensors[tuple(parts.shape), parts.numpy().tobytes()] = parts, call.where
+    return moved(call)
+
+
 def alike(call: Call) -> list[Shadow]:
     """Zeros and the like, in the shape of a tensor."""
     known = call.of(call.read[0])

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from torch import Tensor, nn
 from toys import FUSED, Lit, fingerprint, loader
 
-from lightning_quant import ConfigError, QuantFusionCallback
+from lightning_quant import ConfigError, QuantFusionCallback, load_deployed
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.prepare import prepared_groups, restore_model
 
@@ -297,3 +297,16 @@ def test_lists_may_be_files(tmp_path: Path) -> None:
     callback = QuantFusionCallback(pruning=tmp_path / "masks.yaml")
     assert callback.pruning is not None
     assert callback.pruning.config_list == HALF
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_numbers_of_a_smaller_model_come_back_into_the_net_as_it_was_made(
+    quiet_trainer: TrainerMaker, tmp_path: Path, quantized: bool
+) -> None:
+    given: dict[str, Any] = {"config_list": FUSED} if quantized else {}
+    _, callback = fitted(quiet_trainer, **given, pruning=HALF, export=".pt", dirpath=tmp_path)
+    loaded = load_deployed(tmp_path / "model.pt", model=Lit())
+    assert torch.equal(output(loaded), output(callback.deployed_model))
+    assert loaded.get_submodule("conv1").weight.shape == (4, 3, 3, 3)
+    again = load_deployed(tmp_path / "model.pt", model=loaded if not quantized else Lit())
+    assert torch.equal(output(again), output(callback.deployed_model))

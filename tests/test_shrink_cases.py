@@ -5,20 +5,34 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from test_shrink import assert_same, double, mask_rows, reasons
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
+from lightning_quant import (
+    ConfigError,
+    QuantFusionCallback,
+    convert_model,
+    export_model,
+    load_deployed,
+    make_plan,
+    prepare_model,
+    restore_model,
+)
 from lightning_quant.calibrate import calibrate
 from lightning_quant.heads import FewerHeads
+from lightning_quant.narrow import cut_model
 from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizer_state
 from lightning_quant.rounding import learn_rounding
 from lightning_quant.shrink import Cost, Shrunk, shrink_model
@@ -307,6 +321,37 @@ REFUSED: list[tuple[str, Callable[[Any, Tensor], Any]]] = [
 @pytest.mark.parametrize(("why", "run"), REFUSED)
 def test_what_shrinking_cannot_follow_stays_with_the_reason(why: str, run: Callable[[Any, Tensor], Any]) -> None:
     assert why in kept_because(run, a=conv(3, 6), b=conv(6, 2), head=conv(1, 2))
+
+
+def by_hand(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+
+
+@pytest.mark.parametrize("shuffle", [by_hand, lambda x: F.channel_shuffle(x, 2), nn.ChannelShuffle(2)])
+def test_of_shuffled_channels_those_go_that_leave_no_holes(shuffle: Callable[[Tensor], Tensor]) -> None:
+    net = double(Net(lambda n, x: n.b(shuffle(n.a(x))), a=conv(3, 8), b=conv(8, 4)))
+    result = shrunk(net, {"a": [1, 5, 6]})
+    assert shape(result, "b.weight") == (4, 6, 3, 3) and result.removed["a.weight"] == (2, 8)
+    assert "arranges channels in a way that leaves holes where it goes" in reasons(result, "a.weight")
+
+
+def test_an_example_that_is_alike_everywhere_makes_nothing_constant() -> None:
+    net: Any = double(Net(lambda n, x: n.b(n.a(x) + n.c(x)), a=conv(3, 6), c=conv(3, 6), b=conv(6, 2)))
+    masks = mask_rows(net, {"a": [1, 2], "c": [2]})
+    result = small(net, masks, torch.zeros_like(X))
+    assert_same(result, net, X)
+    assert result.model.b.in_channels == 5
+    assert reasons(result, "a.weight") == "b reads it, and it is not constant: what makes it is not masked altogether"
+
+
+def test_places_written_in_the_forward_are_seen_behind_weights_of_zero() -> None:
+    net: Any = double(Net(lambda n, x: n.head(n.a(x)[:, 3:4]), a=conv(3, 6), head=conv(1, 2)))
+    with torch.no_grad():
+        net.head.weight.zero_()
+    result = shrunk(net, {"a": [1]})
+    assert result.model.a.out_channels == 6
+    assert "the forward has sizes or places of channels written in" in reasons(result, "a.weight")
 
 
 def test_writing_into_a_part_of_a_tensor_is_seen() -> None:
@@ -649,6 +694,72 @@ def test_norms_without_numbers_know_their_channels() -> None:
     net = chain(a=conv(3, 8), n=nn.InstanceNorm2d(8), b=conv(8, 8, 1), g=nn.GroupNorm(4, 8, affine=False), c=conv(8, 2))
     result = shrunk(net, {"a": [1], "b": [2, 3]})
     assert (result.model.n.num_features, result.model.g.num_groups, result.model.g.num_channels) == (7, 3, 6)
+
+
+def test_another_instance_is_cut_to_fit_the_small_ones_numbers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def fresh() -> Net:
+        layers = {"a": conv(3, 8, padding=1), "dw": conv(8, 8, groups=8), "b": conv(8, 4, bias=False)}
+        return Net(in_turn(*layers), **layers)
+
+    net, x = fresh(), X.float()
+    prepare_model(net, make_plan(net, "int8", example_input=x))
+    net.train()(x)
+    result = small(net.eval(), mask_rows(net, {"a": [1, 2], "dw": [1, 2]}, bias=False), x)
+    deployed = convert_model(result.model)
+    export_model(deployed, tmp_path / "small.pt", example_input=x)
+    other = fresh()
+    cut_model(other, result.cuts)
+    assert other.get_submodule("dw").groups == 6
+    with torch.no_grad():
+        assert torch.equal(load_deployed(tmp_path / "small.pt", model=other)(x), deployed(x))
+    other.load_state_dict(restore_model(result.model).state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.eval()(x), result.model(x))
+
+
+class Masked(Callback):
+    """Masks after every step; at the end shrinks what was trained."""
+
+    result: Any = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        mask_rows(pl_module, {"stem": [1, 3], "conv": [1, 3], "bn": [1, 3]})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        masks = mask_rows(pl_module, {"stem": [1, 3], "conv": [1, 3], "bn": [1, 3]})
+        self.result = shrink_model(pl_module, masks, torch.randn(4, 3, 8, 8))
+
+
+def test_masked_and_quantized_in_one_fit_then_smaller() -> None:
+    class Lit(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.bn, self.head = conv(3, 6), conv(6, 6, padding=1), nn.BatchNorm2d(6), nn.Linear(6, 2)
+
+        forward = Residual.forward
+
+        def training_step(self, batch: Sequence[Tensor], _: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    pl.seed_everything(0, verbose=False)
+    data = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 2, (32,))), batch_size=8)
+    masked, quantized = Masked(), QuantFusionCallback("int8", dirpath=None)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, callbacks=[masked, quantized], accelerator="cpu", enable_model_summary=False, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*smaller than the logging interval.*")
+        trainer.fit(Lit(), data)
+    deployed, x = convert_model(masked.result.model), torch.randn(5, 3, 8, 8)
+    assert masked.result.model.stem.out_channels == masked.result.model.conv.in_channels == 4 and not masked.result.kept
+    with torch.no_grad():
+        assert torch.equal(deployed(x), masked.result.model.eval()(x))
+        whole = quantized.deployed_model
+        assert whole is not None and (deployed(x) - whole(x)).abs().max() <= 0.05 * whole(x).abs().max()
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------
