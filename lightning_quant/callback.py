@@ -74,7 +74,13 @@ class QuantFusionCallback(Compresses):
             how they are quantized (`target_names`, `quant_dtype`, `quant_scheme`, `granularity`, `apply_method`, `observer`,
             `target_settings`, `fuse_names`; see CONFIG.md); the shortest is `[{"op_types": ["Conv2d", "Linear"]}]`. Or one
             such dict, a preset's name ("int8", also as an entry of the list), or the path of a YAML or JSON file that holds
-            any of these; under LightningCLI a path is relative to the YAML file that names it.
+            any of these; under LightningCLI a path is relative to the YAML file that names it. None: nothing is quantized.
+        pruning: entries that say what is masked, or a dict of `config_list` and the options of `Pruning` (schedule, start, stop,
+            updates, shrink, ...), or a path; see CONFIG.md. Masked values are 0 in the parameters; masked channels are gone in
+            `deployed_model`.
+        distillation: entries that say what is compared with the teacher's, the name of a loss ("kl": of the outputs), or a path.
+        teacher: a module, the path of a checkpoint, `{"class_path": ..., "ckpt_path": ...}`, or "self": the float model as it is
+            when the first fit begins.
         settings: settings of module types (class name or dotted path -> target -> keys), for this callback only: a dict or a
             YAML or JSON path; see `QuantizationSetting`.
         schedule: a `Schedule`, a dict of its fields, or None for its defaults.
@@ -113,6 +119,7 @@ class QuantFusionCallback(Compresses):
             the fit runs in processes of its own (ddp_spawn, ddp_notebook), both are there when it has returned.
         exported: what was written in `on_fit_end` in this process, and how each file compares with the prepared model in eval and
             fake-quantized, on the last fit's first validation batch if there was one: `print(callback.exported[0].parity)`.
+        masks: the `Masks` at work, None without `pruning`; `shrunk`: what became of masked channels, after fit.
 
     Raises:
         ConfigError: (a MisconfigurationException) in the constructor for what needs no model, in `setup` for a strategy that

@@ -87,6 +87,7 @@ ONLY_IN = {
         "capture",
         "checkpoints",
         "company",
+        "compression",
         "delivery",
         "evaluation",
         "logs",
