@@ -234,21 +234,28 @@ def test_our_errors_are_one_last_line(
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        ("config_lst=int8", "Option 'config_lst' is not accepted. Did you mean 'config_list'?"),
-        ("verbose=1", "the following arguments are required: config_list"),
-    ],
-)
-def test_arguments_of_the_callback_that_are_wrong_or_lacking(
-    folder: Path, capsys: pytest.CaptureFixture[str], words: str, text: str
-) -> None:
+def test_a_misspelt_argument_of_the_callback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = written(folder / "config.yaml", callbacks=None)
     with pytest.raises(SystemExit) as ended:
-        main(["plan", "--config", config, "--trainer.callbacks+=QuantFusionCallback", f"--trainer.callbacks.{words}"])
+        main(["plan", "--config", config, "--trainer.callbacks+=QuantFusionCallback", "--trainer.callbacks.config_lst=int8"])
     assert ended.value.code == 2
+    text = "Option 'config_lst' is not accepted. Did you mean 'config_list'?"
     assert last(capsys) == f"error: trainer.callbacks: QuantFusionCallback: {text}"
+
+
+def test_a_callback_with_nothing_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(folder / "config.yaml", callbacks=None)
+    assert main(["plan", "--config", config, "--trainer.callbacks+=QuantFusionCallback", "--trainer.callbacks.verbose=1"]) == 2
+    assert "QuantFusionCallback: nothing to do; give config_list" in last(capsys)
+
+
+def test_a_plan_of_all_three(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruning, distillation = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], [{"op_names": ["relu1"]}]
+    arguments = {"config_list": [ENTRY], "pruning": pruning, "distillation": distillation, "teacher": "self"}
+    assert main(["plan", "--config", written(folder / "config.yaml", arguments)]) == 0
+    quantized, masked = capsys.readouterr().out.split("\n\n")
+    assert "conv1" in quantized and "int8" in quantized
+    assert re.search(r"conv1 +weight +0\.5 +l1", masked)
 
 
 def test_a_misspelt_argument_in_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
