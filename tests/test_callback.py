@@ -518,7 +518,7 @@ def test_best_skips_checkpoints_from_before_quantization(quiet_trainer: TrainerM
 def test_best_without_our_state_falls_back_to_last_aloud(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
     callback = QuantFusionCallback(FUSED, schedule={"quantize_start": "epoch 2"}, verbose=0)
     model = Scripted()
-    said = r"monitor='score'\) the best, of epoch 1, was saved before everything was quantized or masked, so the last weights are "
+    said = r"monitor='score'\) the best, of epoch 1, was saved before everything was quantized or masked, so the last weights"
     with pytest.warns(UserWarning, match=said):
         fit(quiet_trainer, model, callback, 3, more=[keeper(tmp_path)], enable_checkpointing=True, num_sanity_val_steps=0)
     assert callback.deployed_model is not None
