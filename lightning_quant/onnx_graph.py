@@ -67,8 +67,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, 
     assert exported is not None
     graph = exported.model.graph
     _tidy(graph)
-    for finish in (passes.RemoveUnusedNodesPass(), passes.ShapeInferencePass()):
-        finish(exported.model)
+    passes.RemoveUnusedNodesPass()(exported.model)
+    if not any(node.op_type in ("Loop", "If", "Scan") for node in graph):  # of what is inside these it infers other types
+        passes.ShapeInferencePass()(exported.model)
     if style.packed:
         _pack(graph)
     exported.model.metadata_props.update({f"{NOTE}{key}": value for key, value in notes.items()})
@@ -99,10 +100,13 @@ def _tidy(graph: Any) -> None:
     names: dict[str, int] = {}
     for node in list(graph):
         give_name(node, names)
+    barriers: dict[str, int] = {}
     for node in list(graph):
         if uses := _apart(node):
             value = uses[0][0].inputs[uses[0][1]]
-            barrier = ir.node("Max", [value], name=f"{value.producer().name}{APART}")  # of one: nothing is fused through it
+            count = barriers[value.producer().name] = barriers.get(value.producer().name, 0) + 1
+            name = f"{value.producer().name}{f'/{count}' if count > 1 else ''}{APART}"
+            barrier = ir.node("Max", [value], name=name)  # of one: nothing is fused through it
             barrier.outputs[0].type, barrier.outputs[0].shape = value.type, value.shape
             graph.insert_after(value.producer(), barrier)
             for user, slot in uses:
