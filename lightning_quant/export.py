@@ -32,6 +32,7 @@ from lightning_quant.parity import (
     call_watched,
     layer_parity,
     merged,
+    outputs_of,
     outputs_parity,
     raise_unless,
 )
@@ -116,13 +117,13 @@ class _Comparison:
         """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed)."""
         taps, steps = taps_of(self.program), steps_of(self.program)
         run = FORMATS[self.path.suffix][1]
-        wanted = _call(self.deployed, example)
+        wanted = outputs_of(self.deployed, example)
         outputs = outputs_parity(_PAIR, run(self.path)(copied(example))[0], wanted, steps)
         if prepared is not None:
             with undisturbed(prepared):
-                outputs += outputs_parity("deployed, prepared in eval", wanted, _call(prepared, example), steps)
+                outputs += outputs_parity("deployed, prepared in eval", wanted, outputs_of(prepared, example), steps)
                 with simulated(prepared):
-                    outputs += outputs_parity("deployed, fake-quantized", wanted, _call(prepared, example), steps)
+                    outputs += outputs_parity("deployed, fake-quantized", wanted, outputs_of(prepared, example), steps)
         layers: list[LayerParity] = []
         if taps:
             few = _few(example) if self.free else example
@@ -140,12 +141,6 @@ class _Comparison:
         allowed = atol if atol is not None else (1e-4 if self.exact else 5e-2)
         least = min_equal if min_equal is not None else (1.0 if self.exact and atol is None else 0.0)
         raise_unless(report, target=self.name, pair=_PAIR, atol=allowed, min_equal=least, why=why)
-
-
-def _call(model: nn.Module, example: Any) -> list[Tensor]:
-    args, kwargs = split_example(copied(example))  # a forward may write to what it is given
-    with torch.no_grad():
-        return list(tensors_in(model(*args, **kwargs)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +281,7 @@ def _export(
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
         if target.suffix == ".onnx":
-            _check_default_kernels(beside, target, _call(deployed, example), example, compare, atol, reduce_range)
+            _check_default_kernels(beside, target, outputs_of(deployed, example), example, compare, atol, reduce_range)
             execution = replace(execution_report(beside), file=target.name)
             if min_int8_share is not None and not execution.keeps(min_int8_share):
                 raise ParityError(

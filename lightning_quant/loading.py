@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
@@ -15,9 +14,7 @@ from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of
 from lightning_quant.files import packed, read_program, read_weights, unpacked, write_weights
 from lightning_quant.manifest import manifest_of, rebuilt, rebuilt_from
-from lightning_quant.parity import ParityError, ParityReport, outputs_parity
-from lightning_quant.record import copied, split_example
-from lightning_quant.targets import tensors_in
+from lightning_quant.parity import ParityError, ParityReport, outputs_of, outputs_parity
 
 
 def write_numbers(deployed: nn.Module, beside: Path, target: Path, example_input: Any) -> ParityReport:
@@ -38,19 +35,13 @@ def write_numbers(deployed: nn.Module, beside: Path, target: Path, example_input
     here = copy_of(deployed).to("cpu")
     problem, outputs = _not_the_same(back, here), []
     if not problem and example_input is not None:
-        mine, theirs = (_called(model, example_input) for model in (back, here))
+        mine, theirs = (outputs_of(model, example_input) for model in (back, here))
         outputs = outputs_parity("file, deployed", mine, theirs, [])
         if len(mine) != len(theirs) or not all(map(_is_same, mine, theirs)):
             problem = "the model gives other numbers on the example input"
     if problem:
         raise ParityError(f"{target.name}: read back, {problem}; nothing was written to {target}. Write a .pt2 file instead.")
     return ParityReport(file=target.name, layers=(), outputs=tuple(outputs))
-
-
-def _called(model: nn.Module, example: Any) -> list[Tensor]:
-    args, kwargs = split_example(copied(example))
-    with torch.no_grad():
-        return list(tensors_in(model(*args, **kwargs)))
 
 
 def _not_the_same(found: nn.Module, wanted: nn.Module) -> str:

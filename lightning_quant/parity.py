@@ -219,6 +219,13 @@ def call_watched(model: nn.Module | Callable[..., Any], example: Any) -> tuple[l
     return outputs, recorder.made
 
 
+def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that a call without gradients returns."""
+    args, kwargs = split_example(copied(example))  # a forward may write to what it is given
+    with torch.no_grad():
+        return list(tensors_in(model(*args, **kwargs)))
+
+
 # -- differences --------------------------------------------------------------------------------------------------------------
 
 
