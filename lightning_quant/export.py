@@ -6,14 +6,15 @@ A file is written beside its target and takes its place when its check has passe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +23,26 @@ from lightning_quant.config import ConfigError
 from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
 from lightning_quant.execution import ExecutionReport, execution_report
 from lightning_quant.files import written
-from lightning_quant.formats import FORMATS, WEIGHTS, Profile, check_format, run_onnx, style_of
+from lightning_quant.formats import FORMATS, WEIGHTS, Profile, Run, check_format, style_of
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.loading import load_deployed, write_numbers
+from lightning_quant.onnx_notes import notes_in
 from lightning_quant.parity import (
     LayerParity,
+    OutputParity,
     ParityError,
     ParityReport,
     call_watched,
     layer_parity,
     merged,
     outputs_parity,
+    raise_if_wrong,
     raise_unless,
+    unsigned,
+    wrong_integers,
 )
 from lightning_quant.prepare import prepared_groups, simulated
-from lightning_quant.program import only_integers_meet_grids, program_of, steps_of, taps_of
+from lightning_quant.program import INTEGERS, only_integers_meet_grids, outputs_have_steps, program_of, steps_of, taps_of
 from lightning_quant.record import copied, moved, split_example, undisturbed
 from lightning_quant.runtime import EXACT_SUMS, onnxruntime_session
 from lightning_quant.targets import on_tensors, tensors_in
@@ -87,6 +93,7 @@ def export_options(export: Any) -> dict[str, dict[str, Any]]:
 
 
 _PAIR, _FEW = "file, deployed", 32
+_KERNELS = "onnxruntime"  # the profile whose files run integer layers on integer kernels here
 
 
 def _few(example: Any) -> Any:
@@ -111,35 +118,42 @@ class _Comparison:
     program: torch.export.ExportedProgram
     free: bool
     exact: bool  # whether a runtime can only agree
+    kernels: bool = True  # whether it runs integer layers on integer kernels, not in float
 
-    def __call__(self, example: Any, prepared: nn.Module | None = None) -> ParityReport:
+    def __call__(self, example: Any, prepared: nn.Module | None = None, *, exact_sums: bool = True) -> ParityReport:
         """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed)."""
-        taps, steps = taps_of(self.program), steps_of(self.program)
-        run = FORMATS[self.path.suffix][1]
+        steps, more = steps_of(self.program), {} if exact_sums else {"exact_sums": False}
+        run = functools.partial(FORMATS[self.path.suffix][1], self.path, **more)
         wanted = _call(self.deployed, example)
-        outputs = outputs_parity(_PAIR, run(self.path)(copied(example))[0], wanted, steps)
+        outputs = outputs_parity(_PAIR, run()(copied(example))[0], wanted, steps)
         if prepared is not None:
             with undisturbed(prepared):
                 outputs += outputs_parity("deployed, prepared in eval", wanted, _call(prepared, example), steps)
                 with simulated(prepared):
                     outputs += outputs_parity("deployed, fake-quantized", wanted, _call(prepared, example), steps)
-        layers: list[LayerParity] = []
-        if taps:
-            few = _few(example) if self.free else example
-            _, made = call_watched(self.deployed, few)
-            if len(made) <= max(tap.place for tap in taps):  # the exporter may drop what is not used
-                _, made = call_watched(self.program.module(), few)
-            _, found = run(self.path, taps)(copied(few))
-            for tap, integers in zip(taps, found, strict=True):
-                expected = made[tap.place]
-                if integers is not None and expected is not None:
-                    layers.append(layer_parity(tap, integers, expected))
-        return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs))
+        layers, own = self._layers(run, _few(example) if self.free else example) if taps_of(self.program) else ([], [])
+        return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs), own=tuple(own))
+
+    def _layers(self, run: Callable[..., Run], few: Any) -> tuple[list[LayerParity], list[OutputParity]]:
+        """Each layer from the start of the model, and by itself: of what the file's layers before it made."""
+        taps, model = taps_of(self.program), self.deployed
+        _, made = call_watched(model, few)
+        if len(made) <= max(tap.place for tap in taps):  # the exporter may drop what is not used
+            model = self.program.module()
+            _, made = call_watched(model, few)
+        outputs, found = run(taps)(copied(few))
+        there = [(tap, q) for tap, q in zip(taps, found, strict=True) if q is not None and made[tap.place] is not None]
+        exact = {tap.place for tap, q in there if tap.exact and self.kernels and q.dtype in INTEGERS}
+        own, wrong = wrong_integers(model, few, {tap.place: unsigned(q) for tap, q in there}, exact)
+        layers = [replace(layer_parity(tap, q, cast(Tensor, made[tap.place])), wrong=wrong[tap.place]) for tap, q in there]
+        return layers, outputs_parity(_PAIR, outputs, own, steps_of(self.program))
 
     def raise_unless(self, report: ParityReport, atol: float | None, min_equal: float | None, why: str) -> None:
         allowed = atol if atol is not None else (1e-4 if self.exact else 5e-2)
         least = min_equal if min_equal is not None else (1.0 if self.exact and atol is None else 0.0)
         raise_unless(report, target=self.name, pair=_PAIR, atol=allowed, min_equal=least, why=why)
+        if atol is None and min_equal is None:
+            raise_if_wrong(report, target=self.name, atol=5e-2 if outputs_have_steps(self.program) else 1e-4, why=why)
 
 
 def _call(model: nn.Module, example: Any) -> list[Tensor]:
@@ -198,7 +212,10 @@ def export_model(
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
             operator stands before a quantizer, whose last bit may tip a value to the next level, or where `dialect` is given.
-        min_equal: the least share of equal integers in any layer. None: 1.0 where atol's None means 1e-4, else 0.
+        min_equal: the least share of equal integers in any layer. None: 1.0 where atol's None means 1e-4. Elsewhere, unless atol
+            is given, each layer by itself must be right: its integers are those that the deployed model makes of the file's own
+            before them, but for values within 1e-2 of a level of a tie (2 % others, where a comparison or a rounding without
+            integers comes before them), and outputs are within 1e-4 of what it makes of them.
         min_int8_share: `.onnx`: the least share of multiply-adds that onnxruntime runs in int8.
         profile: `.onnx`: the runtime that it is for. "onnxruntime": unsigned activations, activation functions that saturation
             does not do as Clip of integers. "openvino": the same with Relu and Clip of floats, no INT4. "tensorrt": as that,
@@ -281,12 +298,20 @@ def _export(
     notes = {"package": _version(), "torch": torch.__version__, "profile": profile, **(metadata or {})}
     with written(target) as beside:
         FORMATS[target.suffix][0](program, beside, style=style, notes=notes)
-        compare = _Comparison(path=beside, name=target.name, deployed=deployed, program=program, free=dynamic_batch, exact=exact)
+        compare = _Comparison(
+            path=beside,
+            name=target.name,
+            deployed=deployed,
+            program=program,
+            free=dynamic_batch,
+            exact=exact,
+            kernels=profile == _KERNELS,
+        )
         report = compare(example, prepared)
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
         if target.suffix == ".onnx":
-            _check_default_kernels(beside, target, _call(deployed, example), example, compare, atol, reduce_range)
+            _check_default_kernels(compare, target, example, (atol, min_equal), reduce_range)
             execution = replace(execution_report(beside), file=target.name)
             if min_int8_share is not None and not execution.keeps(min_int8_share):
                 raise ParityError(
@@ -346,6 +371,7 @@ def check_parity(
                 program=program,
                 free=dynamic_batch,
                 exact=only_integers_meet_grids(program),
+                kernels=source.suffix != ".onnx" or notes_in(source).get("profile") == _KERNELS,
             )
         reports.append(compare(example, prepared))
     if compare is None:
@@ -358,12 +384,11 @@ def check_parity(
 
 
 def _check_default_kernels(
-    path: Path, target: Path, wanted: list[Tensor], example: Any, compare: _Comparison, atol: float | None, must: bool
+    compare: _Comparison, target: Path, example: Any, bounds: tuple[float | None, float | None], must: bool
 ) -> None:
     """Where onnxruntime's default kernels saturate and differ: an error if the caller ruled that out, else a warning."""
-    outputs = outputs_parity(_PAIR, run_onnx(path, exact_sums=False)(copied(example))[0], wanted, [])
     try:
-        compare.raise_unless(ParityReport(file=target.name, layers=(), outputs=tuple(outputs)), atol, None, "")
+        compare.raise_unless(compare(example, exact_sums=False), *bounds, "")
     except ParityError as error:
         text = (
             f"onnxruntime's default int8 kernels saturate on this CPU (it has no VNNI) and give other results for {target.name}"

@@ -7,6 +7,7 @@ import ast
 import importlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ def require(*modules: str) -> list[Any]:
 
 APART = "/apart"  # ends the names of nodes that do nothing
 NOTE, _SCOPES, CLASSES = "lightning_quant.", "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
+
+
+def notes_in(path: Path) -> dict[str, str]:
+    """What `export_model` noted in a file, without the prefix of its keys."""
+    (onnx,) = require("onnx")
+    props = onnx.load(path, load_external_data=False).metadata_props
+    return {entry.key.removeprefix(NOTE): entry.value for entry in props if entry.key.startswith(NOTE)}
 
 
 def last_of(node: Any, key: str, place: int = -1) -> str:

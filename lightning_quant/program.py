@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 import lightning_quant.operators  # noqa: F401  (registers what programs call)
 from lightning_quant.config import ConfigError
@@ -118,14 +120,15 @@ _KEEPS_VALUES = frozenset(
 
 def only_integers_meet_grids(program: torch.export.ExportedProgram) -> bool:
     """Whether no float arithmetic stands between one grid and the next."""
-    for node in program.graph.nodes:
-        if str(node.target) in ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default"):
-            source = node.args[0]
-            while source.op == "call_function" and str(source.target).rpartition(".")[0] in _KEEPS_VALUES:
-                source = source.args[0]
-            if source.op != "placeholder" and str(source.target) != "lightning_quant.dequantize.default":
-                return False
-    return True
+    ends = ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default")
+    return all(_from_integers(node.args[0]) for node in program.graph.nodes if str(node.target) in ends)
+
+
+def _from_integers(value: Any) -> bool:
+    """Whether a value is an input of the program or lies on a grid already: nothing computes on it in between."""
+    while value.op == "call_function" and str(value.target).rpartition(".")[0] in _KEEPS_VALUES:
+        value = value.args[0]
+    return value.op == "placeholder" or str(value.target) == "lightning_quant.dequantize.default"
 
 
 # -- its tensors of integers --
@@ -137,11 +140,17 @@ INTEGERS = (torch.uint8, torch.uint16)
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """A tensor of integers inside a program: its place among those that our operators make, its name, its layer."""
+    """A tensor of integers inside a program: its place among those that our operators make, its name, its layer.
+
+    `exact`: it is made of integers, or of an input, by integer arithmetic alone. `steps`: what makes it of the integers before it
+    has steps of its own (a comparison, a rounding without integers), where a last bit may count for much.
+    """
 
     place: int
     value: str
     layer: str
+    exact: bool = True
+    steps: bool = False
 
 
 def taps_of(program: torch.export.ExportedProgram) -> list[Tap]:
@@ -151,8 +160,44 @@ def taps_of(program: torch.export.ExportedProgram) -> list[Tap]:
     for place, node in enumerate(nodes):
         if node.meta["val"].dtype not in INTEGERS or (str(node.target) == _QUANTIZE and _repeats(node)):
             continue
-        taps.append(Tap(place=place, value=node.name, layer=_layer_of(node)))
+        exact = str(node.target) != _QUANTIZE or _from_integers(node.args[0])
+        steps = not exact and has_steps([node.args[0]])
+        taps.append(Tap(place=place, value=node.name, layer=_layer_of(node), exact=exact, steps=steps))
     return taps
+
+
+_STEPS = ("round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "floor_divide", "remainder", "fmod")
+
+
+def has_steps(values: Sequence[Any]) -> bool:
+    """Whether what makes these values, of integers on grids and of inputs, jumps: a last bit of a float may count for much."""
+    seen: set[torch.fx.Node] = set()
+    open_ones = [value for value in values if isinstance(value, torch.fx.Node)]
+    while open_ones:
+        node = open_ones.pop()
+        if node in seen or node.op != "call_function" or str(node.target) in (_DEQUANTIZE, *MAKE_INTEGERS):
+            continue
+        seen.add(node)
+        reads = node.all_input_nodes
+        made = list(tensors_in(node.meta.get("val")))
+        floats = any(one.is_floating_point() for source in reads for one in tensors_in(source.meta.get("val")))
+        name = str(node.target).removeprefix("aten.").partition(".")[0]
+        if (
+            str(node.target) == "lightning_quant.round_blocks.default"
+            or name in _STEPS
+            or not isinstance(node.target, OpOverload)
+        ):
+            if node.target is not operator.getitem:
+                return True
+        elif floats and any(not one.is_floating_point() for one in made):
+            return True
+        open_ones += reads
+    return False
+
+
+def outputs_have_steps(program: torch.export.ExportedProgram) -> bool:
+    """`has_steps` of what the program returns."""
+    return has_steps(list(program.graph.output_node().all_input_nodes))
 
 
 def _repeats(node: torch.fx.Node) -> bool:

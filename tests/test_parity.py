@@ -33,9 +33,9 @@ from lightning_quant import (
 from lightning_quant.execution import execution_report
 from lightning_quant.export import check_parity, export_with_reports, onnxruntime_session
 from lightning_quant.onnx_graph import write_onnx
-from lightning_quant.parity import layer_parity, output_parity, outputs_parity
+from lightning_quant.parity import layer_parity, output_parity, outputs_parity, wrong_integers
 from lightning_quant.prepare import simulated
-from lightning_quant.program import Tap
+from lightning_quant.program import Tap, only_integers_meet_grids, program_of
 
 X = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -205,6 +205,99 @@ def test_a_flipped_bit_in_a_weight_of_an_onnx_file_is_named(tmp_path: Path) -> N
     onnx.save(model, path)
     with pytest.raises(ParityError, match=r"the file was not changed\. The first layer that differs is 'conv2'"):
         check_parity(deployed, path, [X])
+
+
+class Residual(nn.Module):
+    """Float operators between grids: an addition, a norm, a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        y = torch.relu(self.b(y) + y)
+        out: Tensor = self.fc(self.norm(self.c(y).mean((2, 3))))
+        return out
+
+
+@pytest.fixture(scope="module")
+def residual() -> nn.Module:
+    torch.manual_seed(1)
+    net = Residual()
+    prepare_model(net, make_plan(net, "int8", example_input=X))
+    for _ in range(3):
+        net.train()(X)
+    return convert_model(net.eval())
+
+
+@pytest.fixture(scope="module")
+def residual_file(residual: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(residual, tmp_path_factory.mktemp("residual") / "model.onnx", example_input=X)
+
+
+def with_other(path: Path, name: str, change: Any, folder: Path) -> Path:
+    """The file with another tensor under this name."""
+    model = onnx.load(path)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
+    onnx.save(model, folder / "other.onnx")
+    return folder / "other.onnx"
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "change"),
+    [
+        ("a.bias", "a", lambda b: b + b.dtype.type(30)),
+        ("b.weight", "b", lambda w: np.where(np.arange(w.size).reshape(w.shape) == 7, w // 2, w)),  # one of 576
+        ("norm.bias", "fc", lambda b: b + np.float32(0.004)),
+        ("fc.bias", "", lambda b: b + b.dtype.type(9)),
+    ],
+)
+def test_default_bounds_find_a_wrong_layer_between_float_operators(
+    name: str, layer: str, change: Any, residual: nn.Module, residual_file: Path, tmp_path: Path
+) -> None:
+    other = with_other(residual_file, name, change, tmp_path)
+    assert check_parity(residual, other, [X], min_equal=0).outputs[0].relative < 5e-2, "it is not much"
+    with pytest.raises(ParityError, match=rf"layer '{layer}' computes something else" if layer else "output 0 differs by .* own"):
+        check_parity(residual, other, [X])
+
+
+def test_an_honest_file_with_float_operators_keeps_the_default_bounds(residual: nn.Module, residual_file: Path) -> None:
+    assert not only_integers_meet_grids(program_of(residual, X, True))
+    assert check_parity(residual, residual_file, [X, X[:5] * 0.7]).different <= 9
+
+
+def test_a_layer_does_not_answer_for_those_before_it(residual: nn.Module, residual_file: Path, tmp_path: Path) -> None:
+    other = with_other(residual_file, "a.bias", lambda b: b + b.dtype.type(300), tmp_path)
+    layers = check_parity(residual, other, [X], min_equal=0).layers
+    assert sum(layer.different > 0 for layer in layers) > 3
+    assert {layer.name for layer in layers if layer.wrong} == {"a"}
+
+
+@pytest.mark.parametrize("options", [{"signed": True}, {"profile": "openvino"}], ids=str)
+def test_honest_files_of_other_styles_keep_the_default_bounds(
+    options: dict[str, Any], residual: nn.Module, tmp_path: Path
+) -> None:
+    path = export_model(residual, tmp_path / "model.onnx", example_input=X, **options)
+    assert check_parity(residual, path, [X]).different <= 9
+
+
+def test_a_tie_may_go_either_way_in_float_alone() -> None:
+    ops = torch.ops.lightning_quant
+    x = torch.tensor([0.5, 1.48, 1.496, 2.6, 300.0, float("nan")])
+    found = torch.tensor([1, 2, 2, 3, 255, 7], dtype=torch.int32)
+
+    def model(x: Tensor) -> Tensor:
+        out: Tensor = ops.dequantize(ops.quantize(x, 1.0, 0, 0, 255), 1.0, 0)
+        return out
+
+    outputs, wrong = wrong_integers(model, x, {0: found}, exact=())
+    assert wrong == {0: 1}, "1.48 is no tie"
+    assert outputs[0].tolist() == found.tolist(), "the rest of the model reads the file's"
+    assert wrong_integers(model, x[:3], {0: found[:3]}, exact={0})[1] == {0: 3}
+    assert wrong_integers(model, x, {0: found[:2]}, exact=())[1] == {0: 6}, "another shape"
 
 
 # -- differences, by hand ---------------------------------------------------------------------------------------------------
