@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
+from lightning_quant.convert import for_files, in_float32
 from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
 from lightning_quant.execution import ExecutionReport, execution_report
 from lightning_quant.files import written
@@ -120,17 +121,22 @@ class _Comparison:
     exact: bool  # whether a runtime can only agree
     kernels: bool = True  # whether it runs integer layers on integer kernels, not in float
 
-    def __call__(self, example: Any, prepared: nn.Module | None = None, *, exact_sums: bool = True) -> ParityReport:
-        """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed)."""
+    def __call__(
+        self, example: Any, prepared: nn.Module | None = None, *, as_given: Any = None, exact_sums: bool = True
+    ) -> ParityReport:
+        """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed).
+
+        `as_given`: the example in the dtypes that the prepared model takes.
+        """
         steps, more = steps_of(self.program), {} if exact_sums else {"exact_sums": False}
         run = functools.partial(FORMATS[self.path.suffix][1], self.path, **more)
         wanted = _call(self.deployed, example)
         outputs = outputs_parity(_PAIR, run()(copied(example))[0], wanted, steps)
         if prepared is not None:
             with undisturbed(prepared):
-                outputs += outputs_parity("deployed, prepared in eval", wanted, _call(prepared, example), steps)
+                outputs += outputs_parity("deployed, prepared in eval", wanted, _call(prepared, as_given), steps)
                 with simulated(prepared):
-                    outputs += outputs_parity("deployed, fake-quantized", wanted, _call(prepared, example), steps)
+                    outputs += outputs_parity("deployed, fake-quantized", wanted, _call(prepared, as_given), steps)
         layers, own = self._layers(run, _few(example) if self.free else example) if taps_of(self.program) else ([], [])
         return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs), own=tuple(own))
 
@@ -207,6 +213,7 @@ def export_model(
         path: where to; folders are made.
         example_input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or (tuple, dict). Its
             outputs are compared, and the integers of its first 32 samples in every layer; give real data, as much as you like.
+            An `.onnx` file takes and computes float32: what is of another floating dtype, of the model, too, is made so.
         dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
         dynamic_size: leave dimensions 2 and up free on every input: height and width, or length.
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
@@ -270,10 +277,7 @@ def _export(
     dialect: str,
 ) -> Exported:
     check_format(target.suffix, f"path {os.fspath(target)!r}")
-    if any(module.training for module in deployed.modules()):
-        raise ConfigError(
-            f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
-        )
+    _check_deployed(deployed)
     check_dialect(dialect, target.suffix)
     given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
     given["profile"] = None if profile == "onnxruntime" else profile
@@ -281,7 +285,8 @@ def _export(
         raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
     if reduce_range:
         _check_range(deployed)
-    example = moved(example_input, "cpu")
+    given_as = moved(example_input, "cpu")
+    deployed, example = _as_written(deployed, given_as, target.suffix)
     if target.suffix == WEIGHTS:
         with written(target) as beside:
             report = write_numbers(deployed, beside, target, example)
@@ -307,7 +312,7 @@ def _export(
             exact=exact,
             kernels=profile == _KERNELS,
         )
-        report = compare(example, prepared)
+        report = compare(example, prepared, as_given=given_as)
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
         if target.suffix == ".onnx":
@@ -319,6 +324,28 @@ def _export(
                     f"the {min_int8_share:.1%} of min_int8_share; nothing was written to {target}. {execution.summary()}."
                 )
     return Exported(path=target, parity=report, execution=execution)
+
+
+def _check_deployed(deployed: nn.Module) -> None:
+    """Raise a ConfigError for a model that is not ready to be shipped."""
+    if prepared_groups(deployed):
+        raise ConfigError(
+            f"{type(deployed).__name__} is prepared, which is for training; export what convert_model(model) returns."
+        )
+    if any(module.training for module in deployed.modules()):
+        raise ConfigError(
+            f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
+        )
+
+
+def _as_written(deployed: nn.Module, example: Any, suffix: str) -> tuple[nn.Module, Any]:
+    """(the model, what it is called with) as a file of this suffix has them: `.onnx` files compute in float32."""
+    if suffix == ".pt2":
+        return deployed, example
+    model = for_files(deployed)
+    if suffix != ".onnx":
+        return model, example
+    return in_float32(model), on_tensors(lambda x: x.float() if x.is_floating_point() else x, example)
 
 
 def check_parity(
@@ -358,10 +385,12 @@ def check_parity(
             raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
     if prepared is not None and not prepared_groups(prepared):
         raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
+    _check_deployed(deployed)
     reports: list[ParityReport] = []
     compare: _Comparison | None = None
     for batch in batches:
-        example = moved(batch, "cpu")
+        as_given = moved(batch, "cpu")
+        deployed, example = _as_written(deployed, as_given, source.suffix)
         if compare is None:
             program = program_of(deployed, example, dynamic_batch)
             compare = _Comparison(
@@ -373,7 +402,7 @@ def check_parity(
                 exact=only_integers_meet_grids(program),
                 kernels=source.suffix != ".onnx" or notes_in(source).get("profile") == _KERNELS,
             )
-        reports.append(compare(example, prepared))
+        reports.append(compare(example, prepared, as_given=as_given))
     if compare is None:
         raise ConfigError("batches: there is none; give at least one example input.")
     if len({tuple((layer.name, layer.value) for layer in report.layers) for report in reports}) != 1:

@@ -435,6 +435,7 @@ def _onnx_translations(style: Style) -> dict[Callable[..., Any], Callable[..., A
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
         dtype, least, most, shift = grid(high)
+        x = x if x.dtype in (None, 1) else op.Cast(x, to=1)  # float32, as in our operator
         zero, ends = zero_point - shift, (low - shift, high - shift)
         whole = ends == (least, most)
         if not whole and (style.float_clips or dtype.itemsize > 1):

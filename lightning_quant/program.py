@@ -77,6 +77,8 @@ def program_of(
     try:
         with torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except ConfigError:
+        raise
     except torch._dynamo.exc.UserError as error:
         free, option = ("free sizes", "dynamic_size") if dynamic_size else ("a free batch size", "dynamic_batch")
         raise ConfigError(

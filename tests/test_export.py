@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from test_convert import CONFIGS, trained
 from test_fusion import prepared
 from test_mnist import optimized_ops, with_integer_outputs, without_repeats
 from torch import Tensor, nn
-from toys import FUSED
+from toys import FUSED, Net
 
 from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, formats, load_deployed
-from lightning_quant.export import onnxruntime_session
+from lightning_quant.convert import set_mode
+from lightning_quant.export import check_parity, export_with_reports, onnxruntime_session
 from lightning_quant.program import only_integers_meet_grids, program_of
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -407,3 +409,91 @@ def test_load_deployed_refuses(name: str, content: bytes | None, message: str, t
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_deployed(tmp_path / name)
+
+
+# -- models that are not as a file has them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt"])
+def test_a_file_of_a_model_in_reference_mode_is_that_of_the_integers(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    reference = set_mode(copy.deepcopy(deployed), "reference")
+    path = export_model(reference, tmp_path / f"model{suffix}", example_input=X)
+    if suffix == ".onnx":
+        assert optimized_ops(path, tmp_path / "optimized.onnx")["QLinearConv"] == 2
+        assert check_parity(reference, path, [X]).different == 0
+    else:
+        with torch.no_grad():
+            assert torch.equal(load_deployed(path, model=Net())(X), deployed(X))
+    assert {getattr(module, "mode", "reference") for module in reference.modules()} == {"reference"}, "the model is left as it is"
+
+
+def test_a_pt2_file_of_a_model_in_reference_mode_holds_torchs_operators(tmp_path: Path) -> None:
+    reference = convert_model(trained(FUSED), mode="reference")
+    path = export_model(reference, tmp_path / "model.pt2", example_input=X)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(path)(X[:5]), reference(X[:5]))
+    assert not any("lightning_quant" in str(node.target) for node in load_deployed(path).program.graph.nodes)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_a_prepared_model_is_to_be_converted_first(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Net is prepared, which is for training; export what convert_model\(model\) returns"):
+        export_model(trained(FUSED).eval(), tmp_path / f"model{suffix}", example_input=X)
+    path = export_model(convert_model(trained(FUSED)), tmp_path / "model.pt2", example_input=X)
+    with pytest.raises(ConfigError, match=r"^Net is prepared"):
+        check_parity(trained(FUSED).eval(), path, [X])
+
+
+def test_a_config_error_of_the_forward_is_said_as_it_is(tmp_path: Path) -> None:
+    class Refuses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ConfigError("this forward refuses.")
+
+    with pytest.raises(ConfigError, match=r"^this forward refuses\."):
+        export_model(Refuses().eval(), tmp_path / "model.pt2", example_input=X)
+
+
+class Partly(nn.Module):
+    """A float layer between quantized ones, and a sum in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x))
+        out: Tensor = self.b((y.double() - y.double().mean()).to(y.dtype))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_an_onnx_file_of_a_model_in_another_dtype_computes_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    net, x = Partly(), torch.randn(16, 6)
+    prepared(net, [{"op_types": ["Linear"]}], x).train()(x)
+    single = convert_model(net.to(dtype).float())
+    deployed, example = copy.deepcopy(single).to(dtype), x.to(dtype)
+    exported = export_with_reports(deployed, tmp_path / "model.onnx", example_input=example, prepared=net.to(dtype))
+    assert [value.type.tensor_type.elem_type for value in onnx.load(exported.path).graph.input] == [onnx.TensorProto.FLOAT]
+    with torch.no_grad():
+        wanted = single(x)
+    assert (run_onnx(exported.path, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert check_parity(deployed, exported.path, [example]).outputs[0].relative <= 1e-5
+    assert {p.dtype for p in deployed.parameters()} == {dtype}, "the model is left as it is"
+
+
+def test_a_forward_that_goes_through_float64_exports(tmp_path: Path) -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x.double().cumsum(1).sub(0.1))
+            return out.float()
+
+    net, x = Doubles(), torch.randn(16, 6)
+    with torch.no_grad():
+        prepared(net.double(), [{"op_types": ["Linear"]}], x).train()(x)
+    assert export_with_reports(convert_model(net), tmp_path / "model.onnx", example_input=x).parity.different == 0
