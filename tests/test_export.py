@@ -225,6 +225,21 @@ def test_forms_of_example_input(form: str, suffix: str, tmp_path: Path) -> None:
             assert torch.equal(found["y"], convert_model(net)(*more[0], **more[1])["y"])
 
 
+class Keyed(nn.Module):
+    def forward(self, x: Tensor, *, more: dict[str, Tensor], scale: Tensor) -> Tensor:
+        return x * scale + more["b"] - 2 * more["a"]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_keyword_arguments_may_come_in_another_order(suffix: str, tmp_path: Path) -> None:
+    x, scale, a, b = (torch.randn(4, 6) for _ in range(4))
+    net, more, turned = Keyed().eval(), {"a": a, "b": b}, {"b": b, "a": a}
+    path = export_model(net, tmp_path / f"model{suffix}", example_input={"x": x, "more": more, "scale": scale})
+    others: list[Any] = [((x,), {"scale": scale, "more": turned}), {"scale": scale, "more": turned, "x": x}]
+    for batch in others[suffix == ".pt2" :]:  # a program has what was positional by position
+        assert check_parity(net, path, [batch]).outputs[0].relative <= 1e-6
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
