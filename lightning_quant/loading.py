@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,7 +70,10 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 class DeployedProgram(nn.Module):
-    """An exported program as a module of an ordinary evaluation loop: `eval()` does nothing, `train()` is refused."""
+    """An exported program as a module of an ordinary evaluation loop: `eval()` does nothing, `train()` is refused.
+
+    It moves between devices, its tensors as what the program makes anew; its dtypes are those of its operators and stay.
+    """
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
@@ -79,11 +83,46 @@ class DeployedProgram(nn.Module):
         """Run the program."""
         return self.program(*args, **kwargs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        tensors = [*self.program.parameters(), *self.program.buffers()]
+        if any(fn(tensor.new_empty(0)).dtype != tensor.dtype for tensor in tensors):
+            raise ConfigError(
+                "a loaded program keeps its dtypes: its operators and scales were made for them. Move it between devices "
+                "alone, or convert the model to another dtype before it is exported."
+            )
+        super()._apply(fn, recurse)
+        if isinstance(self.program, torch.fx.GraphModule):
+            _make_on(self.program, fn(torch.empty(0)).device)
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode."""
         if mode:
             raise ConfigError("a loaded program cannot be trained; train the model that it was converted from.")
         return self
+
+
+def _make_on(program: torch.fx.GraphModule, device: torch.device) -> None:
+    """Have a program keep its constants on this device, and make what it makes anew there (`torch.arange`, say).
+
+    torch.export wrote down the device of the trace, and holds constants beside the buffers.
+    """
+
+    def there(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    changed = False
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            place, _, name = node.target.rpartition(".")
+            holder = program.get_submodule(place)
+            if isinstance(held := vars(holder).get(name), Tensor):
+                setattr(holder, name, held.to(device))
+        before = (node.args, node.kwargs)
+        node.args, node.kwargs = (torch.fx.node.map_aggregate(part, there) for part in before)
+        changed = changed or (node.args, node.kwargs) != before
+    if changed:
+        program.recompile()
 
 
 def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = None, example_input: Any = None) -> nn.Module:

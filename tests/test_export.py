@@ -512,3 +512,37 @@ def test_a_forward_that_goes_through_float64_exports(tmp_path: Path) -> None:
     with torch.no_grad():
         prepared(net.double(), [{"op_types": ["Linear"]}], x).train()(x)
     assert export_with_reports(convert_model(net), tmp_path / "model.onnx", example_input=x).parity.different == 0
+
+
+class Placed(nn.Module):
+    """Makes positions on the device of what it is given, and keeps a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(12, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        out: Tensor = self.fc(x + self.table(places)) * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)
+        return out
+
+
+def test_a_loaded_program_moves_and_keeps_its_dtypes(tmp_path: Path) -> None:
+    net, x = Placed(), torch.randn(5, 12, 6)
+    prepared(net, [{"op_types": ["Linear", "Embedding"]}], x).train()(x)
+    deployed = convert_model(net)
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=x)
+    program = load_deployed(path)
+    for convert in (nn.Module.half, nn.Module.double, nn.Module.bfloat16):
+        with pytest.raises(ConfigError, match=r"a loaded program keeps its dtypes: .*before it is exported"):
+            convert(program)
+    with torch.no_grad():
+        assert torch.equal(program.float().to("cpu")(x), deployed(x))
+    moved = load_deployed(path).to("meta")
+    devices = {str(part) for node in moved.program.graph.nodes for part in (*node.args, *node.kwargs.values()) if is_device(part)}
+    assert devices == {"meta"}
+    assert moved(x.to("meta")).device.type == "meta"
+
+
+def is_device(value: Any) -> bool:
+    return isinstance(value, torch.device)
