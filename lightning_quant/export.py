@@ -215,7 +215,8 @@ def export_model(
             outputs are compared, and the integers of its first 32 samples in every layer; give real data, as much as you like.
             An `.onnx` file takes and computes float32: what is of another floating dtype, of the model, too, is made so.
         dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
-        dynamic_size: leave dimensions 2 and up free on every input: height and width, or length.
+        dynamic_size: leave dimensions 2 and up free on every input: height and width of (N, C, H, W), the length of (N, C, L).
+            Of (N, T, D) that is D, which a linear layer fixes: T cannot be left free.
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
             operator stands before a quantizer, whose last bit may tip a value to the next level, or where `dialect` is given.

@@ -64,6 +64,12 @@ def program_of(
     if first is None:
         raise ConfigError("example_input: no tensor in it; give what the model is called with.")
     batch = first.shape[0] if first.dim() else -1
+    if dynamic_size and all(tensor.dim() < 3 for tensor in tensors_in((args, kwargs))):
+        found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in((args, kwargs)))
+        raise ConfigError(
+            f"dynamic_size: it leaves dimensions 2 and up free (height and width, or length, behind batch and channels), and the "
+            f"example input has none: {found}. Leave dynamic_size out."
+        )
     shapes = None
     if dynamic_batch or dynamic_size:
         # By the lengths of the example, before it is cut to two samples: then other inputs may have length 2, too.

@@ -240,6 +240,13 @@ def test_keyword_arguments_may_come_in_another_order(suffix: str, tmp_path: Path
         assert check_parity(net, path, [batch]).outputs[0].relative <= 1e-6
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_dynamic_size_without_a_size_is_refused(suffix: str, tmp_path: Path) -> None:
+    net, x = nn.Linear(6, 5).eval(), torch.randn(4, 6)
+    with pytest.raises(ConfigError, match=r"dynamic_size: it leaves dimensions 2 and up free .* has none: \(4, 6\)\."):
+        export_model(net, tmp_path / f"model{suffix}", example_input=x, dynamic_size=True)
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
