@@ -53,6 +53,19 @@ def packed(model: nn.Module) -> list[bool]:
 # -- onednn -------------------------------------------------------------------------------------------------------------
 
 
+@WITH_KERNELS
+@pytest.mark.parametrize("dims", [1, 2])
+def test_onednn_takes_an_empty_batch(dims: int) -> None:
+    x = torch.randn(6, 3, *[9] * dims)
+    net = nn.Sequential((nn.Conv1d, nn.Conv2d)[dims - 1](3, 4, 3), nn.Flatten(), nn.Linear(4 * 7**dims, 2))
+    deployed = deployed_after(net, SEVEN, x)
+    fast = quietly(deployed, "onednn")
+    with torch.no_grad():
+        assert torch.equal(fast(x), deployed(x))
+        assert fast(x[:0]).shape == (0, 2)
+    assert any(packed(fast)), "kernels run"
+
+
 @NAMES
 def test_onednn_equals_integer_on_every_net(name: str) -> None:
     one = trained(name)
