@@ -280,8 +280,12 @@ def test_a_layer_does_not_answer_for_those_before_it(residual: nn.Module, residu
 def test_honest_files_of_other_styles_keep_the_default_bounds(
     options: dict[str, Any], residual: nn.Module, tmp_path: Path
 ) -> None:
-    path = export_model(residual, tmp_path / "model.onnx", example_input=X, **options)
-    assert check_parity(residual, path, [X]).different <= 9
+    exported = export_with_reports(residual, tmp_path / "model.onnx", example_input=X, **options)
+    assert check_parity(residual, exported.path, [X]).different <= 9
+    assert exported.execution is not None
+    reasons = {(node.operator, node.reason, node.remedy) for node in exported.execution.nodes if not node.integer}
+    why = ("onnxruntime leaves signed activations that two operators read, and makes the others unsigned", "leave out signed")
+    assert ({("Conv", *why), ("Add", *why)} <= reasons) == ("signed" in options)
 
 
 def test_a_tie_may_go_either_way_in_float_alone() -> None:
