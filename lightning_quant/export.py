@@ -229,6 +229,7 @@ def export_model(
             does not do as Clip of integers. "openvino": the same with Relu and Clip of floats, no INT4. "tensorrt": as that,
             activations signed with zero point 0 (the model must be trained so), float biases.
         signed: `.onnx`: activations as int8, zero points moved by 128 (the integers' meaning stays); None: as the profile has it.
+            onnxruntime itself then runs layers in float whose input or output two operators read (an addition's, say).
         reduce_range: check that no weight needs more than 7 bits, so that sums do not saturate on CPUs without VNNI, and that
             onnxruntime's default kernels agree here. Nothing is rounded anew: train with quant_dtype 'int7' for weights.
         metadata: `.onnx`: further metadata, keys without the prefix `lightning_quant.`.
@@ -287,6 +288,7 @@ def _export(
     if reduce_range:
         _check_range(deployed)
     given_as = moved(example_input, "cpu")
+    _check_numbers(given_as, "example_input")
     deployed, example = _as_written(deployed, given_as, target.suffix)
     if target.suffix == WEIGHTS:
         with written(target) as beside:
@@ -336,6 +338,15 @@ def _check_deployed(deployed: nn.Module) -> None:
     if any(module.training for module in deployed.modules()):
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
+        )
+
+
+def _check_numbers(example: Any, name: str) -> None:
+    """Raise a ConfigError where a tensor holds NaN: no grid has it, and a runtime's rounding of it is its own."""
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(split_example(example))):
+        raise ConfigError(
+            f"{name}: there is NaN in it, for which no integer stands: the deployed model passes it on, a file makes numbers of "
+            "it. Give real data."
         )
 
 
@@ -391,6 +402,7 @@ def check_parity(
     compare: _Comparison | None = None
     for batch in batches:
         as_given = moved(batch, "cpu")
+        _check_numbers(as_given, "batches")
         deployed, example = _as_written(deployed, as_given, source.suffix)
         if compare is None:
             program = program_of(deployed, example, dynamic_batch)

@@ -328,6 +328,18 @@ def test_no_tensor_in_the_example() -> None:
         export_model(nn.Identity().eval(), "model.pt2", example_input=())
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_nan_in_the_example(suffix: str, tmp_path: Path) -> None:
+    deployed, bad = convert_model(trained(FUSED)), X.clone()
+    bad[3, 1, 2, 2] = float("nan")
+    with pytest.raises(ConfigError, match=r"example_input: there is NaN in it, .*Give real data"):
+        export_model(deployed, tmp_path / f"model{suffix}", example_input=bad)
+    if suffix != ".pt":
+        path = export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
+        with pytest.raises(ConfigError, match="batches: there is NaN in it"):
+            check_parity(deployed, path, [X, bad])
+
+
 def test_a_model_in_train_mode(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"Identity is in train mode; export what convert_model returned, or call eval\(\) first"
