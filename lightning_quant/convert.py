@@ -105,11 +105,19 @@ def set_mode(deployed: Model, mode: str) -> Model:
     reasons: dict[str, list[str]] = {}
     for name, layer in layers.items():
         layer.mode = mode
-        if mode == "onednn" and isinstance(layer, IntegerLayer) and (reason := layer.onednn_problem()):
+        if mode == "onednn" and (reason := _onednn_problem(layer)):
             reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         warnings.warn(f"mode 'onednn': {', '.join(names)} run as in 'integer': {reason}.", stacklevel=2)
     return deployed
+
+
+def _onednn_problem(layer: nn.Module) -> str:
+    """Why torch's int8 kernels cannot run what multiplies in a deployed layer; nothing if they can, or nothing does."""
+    if isinstance(layer, IntegerLayer):
+        return layer.onednn_problem()
+    multiplies = isinstance(layer, PartlyIntegerLayer) or (isinstance(layer, QuantizedModule) and layer.stored)
+    return "float arithmetic on rounded tensors" if multiplies else ""
 
 
 def for_files(deployed: nn.Module) -> nn.Module:

@@ -71,7 +71,8 @@ class OutputParity:
 
     `pair`: the two that are compared. `most`, `mean`: of the absolute differences, in steps of the output's grid if it has a
     `step`, else relative to the largest finite absolute value; `relative`: the largest by that value in either case. `classes`:
-    rows of the last dimension whose largest entry was compared, `same` of them agree.
+    rows of classes, dimension 1 of (N, C) and (N, C, H, W), whose largest entry was compared, `same` of them agree; 0 for other
+    shapes.
     """
 
     pair: str
@@ -86,7 +87,7 @@ class OutputParity:
 
     @property
     def agreement(self) -> float | None:
-        """The share of rows with the same largest entry; None where rows have one entry."""
+        """The share of rows with the same largest entry; None where there are no such rows."""
         return self.same / self.classes if self.classes else None
 
 
@@ -337,7 +338,7 @@ def output_parity(pair: str, index: int, found: Tensor, wanted: Tensor, step: fl
     largest = max(float(finite.max()), 1e-12) if finite.numel() else 1.0
     most = math.inf if bool(gap.isnan().any()) else float(gap.max()) if gap.numel() else 0.0
     mean = math.inf if math.isinf(most) else float(gap.mean()) if gap.numel() else 0.0
-    rows = b.dim() > 1 and b.shape[-1] > 1 and b.numel() > 0
+    rows = (b.dim() == 2 or b.dim() > 3) and b.shape[1] > 1 and b.numel() > 0  # of (N, A, B) either may be classes
     unit = step or largest
     return OutputParity(
         pair=pair,
@@ -347,8 +348,8 @@ def output_parity(pair: str, index: int, found: Tensor, wanted: Tensor, step: fl
         relative=most / largest,
         step=step,
         values=gap.numel(),
-        classes=b[..., 0].numel() if rows else 0,
-        same=int((a.argmax(-1) == b.argmax(-1)).sum()) if rows else 0,
+        classes=b.numel() // b.shape[1] if rows else 0,
+        same=int((a.argmax(1) == b.argmax(1)).sum()) if rows else 0,
     )
 
 

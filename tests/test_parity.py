@@ -330,6 +330,17 @@ def test_an_output_on_a_grid_is_compared_in_steps() -> None:
     assert output_parity("a, b", 0, torch.ones(2), torch.ones(2), None).agreement is None
 
 
+def test_classes_are_in_dimension_one() -> None:
+    wanted = torch.zeros(2, 3, 4, 5)
+    wanted[:, 1] = 1
+    found = wanted.clone()
+    found[0, 2, 0, :4] = 2
+    maps = output_parity("a, b", 0, found, wanted, None)
+    assert (maps.classes, maps.same) == (40, 36)
+    unknown = output_parity("a, b", 0, found[..., 0], wanted[..., 0], None)  # tokens or signals
+    assert (unknown.classes, unknown.agreement) == (0, None)
+
+
 def test_nan_and_infinity() -> None:
     nan, inf = float("nan"), float("inf")
     assert output_parity("a, b", 0, torch.tensor([nan, inf, 1.0]), torch.tensor([nan, inf, 1.0]), None).relative == 0
