@@ -279,7 +279,7 @@ def _export(
     dialect: str,
 ) -> Exported:
     check_format(target.suffix, f"path {os.fspath(target)!r}")
-    _check_deployed(deployed)
+    _check_deployed(deployed, target.suffix)
     check_dialect(dialect, target.suffix)
     given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
     given["profile"] = None if profile == "onnxruntime" else profile
@@ -329,7 +329,7 @@ def _export(
     return Exported(path=target, parity=report, execution=execution)
 
 
-def _check_deployed(deployed: nn.Module) -> None:
+def _check_deployed(deployed: nn.Module, suffix: str) -> None:
     """Raise a ConfigError for a model that is not ready to be shipped."""
     if prepared_groups(deployed):
         raise ConfigError(
@@ -338,6 +338,17 @@ def _check_deployed(deployed: nn.Module) -> None:
     if any(module.training for module in deployed.modules()):
         raise ConfigError(
             f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
+        )
+    devices = {str(tensor.device) for tensor in (*deployed.parameters(), *deployed.buffers())}
+    wrong = sorted(device for device in devices if device == "meta" or (device != "cpu" and suffix != WEIGHTS))
+    if wrong:
+        raise ConfigError(
+            f"{type(deployed).__name__} is on {', '.join(wrong)}; "
+            + (
+                "there are no numbers to write."
+                if "meta" in wrong
+                else "files are made and checked on the CPU: give deployed.cpu()."
+            )
         )
 
 
@@ -397,7 +408,7 @@ def check_parity(
             raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
     if prepared is not None and not prepared_groups(prepared):
         raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
-    _check_deployed(deployed)
+    _check_deployed(deployed, source.suffix)
     reports: list[ParityReport] = []
     compare: _Comparison | None = None
     for batch in batches:

@@ -256,7 +256,8 @@ def _may_round_to(given: Tensor, func: Any, args: Any) -> Tensor:
         real = func(*args[:-5], None, 0, 0, 0, is_wide).double() / scale + zero
     room = 0.5 + max(_TIE, _OF_RANGE * (high - low))
     gap = (given.double() - real.clamp(low, high)).abs()
-    return (gap <= room) | gap.isnan()
+    near: Tensor = (gap <= room) | gap.isnan()
+    return near
 
 
 def call_watched(model: nn.Module | Callable[..., Any], example: Any) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -225,6 +225,41 @@ def test_forms_of_example_input(form: str, suffix: str, tmp_path: Path) -> None:
             assert torch.equal(found["y"], convert_model(net)(*more[0], **more[1])["y"])
 
 
+class Several(nn.Module):
+    """What it returns is as `kind` says; one key is the name of a node of the graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.kind = nn.Linear(6, 5), kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return {"tensor": y, "tuple": (y, x + 1), "dict": {"logits": y, "linear": y + 1, "more": [x - 1]}, "one": {"y": y}}[
+            self.kind
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("tensor", ["output"]),
+        ("tuple", ["output_0", "output_1"]),
+        ("dict", ["logits", "linear_output", "more_0"]),
+        ("one", ["y"]),
+    ],
+)
+def test_outputs_have_the_names_of_their_keys_and_the_batch_its_own(kind: str, names: list[str], tmp_path: Path) -> None:
+    net, x = Several(kind), torch.randn(4, 6)
+    prepared(net, [{"op_types": ["Linear"]}], x).train()(x)
+    exported = export_with_reports(convert_model(net), tmp_path / "model.onnx", example_input=x)
+    graph = onnx.load(exported.path).graph
+    assert [value.name for value in graph.output] == names
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert exported.execution is not None
+    assert exported.execution.products[0].multiply_adds == 30
+
+
 class Keyed(nn.Module):
     def forward(self, x: Tensor, *, more: dict[str, Tensor], scale: Tensor) -> Tensor:
         return x * scale + more["b"] - 2 * more["a"]
@@ -338,6 +373,26 @@ def test_nan_in_the_example(suffix: str, tmp_path: Path) -> None:
         path = export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
         with pytest.raises(ConfigError, match="batches: there is NaN in it"):
             check_parity(deployed, path, [X, bad])
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_a_model_that_is_not_on_the_cpu(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED)).to("meta")
+    with pytest.raises(ConfigError, match=r"Net is on meta; there are no numbers to write"):
+        export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path: Path) -> None:
+    class Airy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.special.airy_ai(x)
+            return out
+
+    with pytest.raises(
+        ConfigError, match=r"^torch\.onnx cannot translate the model: No ONNX function found for .*airy_ai"
+    ) as error:
+        export_model(Airy().eval(), tmp_path / "model.onnx", example_input=torch.randn(3, 4))
+    assert "stack trace" not in str(error.value)
 
 
 def test_a_model_in_train_mode(tmp_path: Path) -> None:
@@ -467,7 +522,7 @@ def test_a_pt2_file_of_a_model_in_reference_mode_holds_torchs_operators(tmp_path
     path = export_model(reference, tmp_path / "model.pt2", example_input=X)
     with torch.no_grad():
         assert torch.equal(load_deployed(path)(X[:5]), reference(X[:5]))
-    assert not any("lightning_quant" in str(node.target) for node in load_deployed(path).program.graph.nodes)
+    assert not any("lightning_quant" in str(node.target) for node in nodes_of(load_deployed(path)))
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
@@ -558,9 +613,15 @@ def test_a_loaded_program_moves_and_keeps_its_dtypes(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(program.float().to("cpu")(x), deployed(x))
     moved = load_deployed(path).to("meta")
-    devices = {str(part) for node in moved.program.graph.nodes for part in (*node.args, *node.kwargs.values()) if is_device(part)}
+    devices = {str(part) for node in nodes_of(moved) for part in (*node.args, *node.kwargs.values()) if is_device(part)}
     assert devices == {"meta"}
     assert moved(x.to("meta")).device.type == "meta"
+
+
+def nodes_of(loaded: nn.Module) -> list[torch.fx.Node]:
+    program = loaded.get_submodule("program")
+    assert isinstance(program, torch.fx.GraphModule)
+    return list(program.graph.nodes)
 
 
 def is_device(value: Any) -> bool:
