@@ -75,13 +75,32 @@ class DeployedProgram(nn.Module):
     It moves between devices, its tensors as what the program makes anew; its dtypes are those of its operators and stay.
     """
 
-    def __init__(self, program: nn.Module) -> None:
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__()
-        self.program, self.training = program, False
+        self.program, self.training = program.module(), False
+        signature = program.module_call_graph[0].signature
+        names = [] if signature is None else list(signature.forward_arg_names or [])
+        spec = program.call_spec.in_spec
+        number, more = (0, 0) if spec is None else (spec.child(0).num_children, spec.child(1).num_children)
+        self.named = len({*names}) == number + more  # not those of a forward with *args
+        self.by_position, self.by_name = names[:number], names[number:]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program."""
-        return self.program(*args, **kwargs)
+        """Run the program. What the example input gave by position may come by name.
+
+        Raises:
+            ConfigError: for arguments that the example input had not, or had by name and are given by position.
+        """
+        if not self.named:
+            return self.program(*args, **kwargs)
+        missing = self.by_position[len(args) :]
+        if len(args) > len(self.by_position) or {*kwargs} != {*missing, *self.by_name}:
+            takes = [*self.by_position, *(f"{name}=" for name in self.by_name)]
+            gets = [*("a value" for _ in args), *(f"{name}=" for name in kwargs)]
+            raise ConfigError(
+                f"the program takes ({', '.join(takes)}), what its example input had, and got ({', '.join(gets)}). Give these."
+            )
+        return self.program(*args, *(kwargs[name] for name in missing), **{name: kwargs[name] for name in self.by_name})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         tensors = [*self.program.parameters(), *self.program.buffers()]
@@ -128,8 +147,8 @@ def _make_on(program: torch.fx.GraphModule, device: torch.device) -> None:
 def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = None, example_input: Any = None) -> nn.Module:
     """The model in a `.pt2` or `.pt` file that `export_model` wrote, on the CPU, in eval mode.
 
-    A `.pt2` file needs nothing else and gives a module that is always in eval mode; it takes its arguments as the example input
-    gave them: those that were positional by position, the others by name. A `.pt` file has the numbers alone.
+    A `.pt2` file needs nothing else and gives a module that is always in eval mode; it takes the arguments that the example
+    input had: those that were positional by position or by name, the others by name. A `.pt` file has the numbers alone.
 
     Args:
         path: what `export_model` returned.
@@ -153,7 +172,7 @@ def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = Non
         )
         raise ConfigError(f"{place}: a {source.suffix} file {needs}.")
     if model is None:
-        return DeployedProgram(read_program(source).module())
+        return DeployedProgram(read_program(source))
     found = read_weights(source)
     try:
         return rebuilt(model, found["manifest"], unpacked(found["state"], found["packed"]), example_input=example_input)

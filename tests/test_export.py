@@ -282,6 +282,31 @@ def test_dynamic_size_without_a_size_is_refused(suffix: str, tmp_path: Path) -> 
         export_model(net, tmp_path / f"model{suffix}", example_input=x, dynamic_size=True)
 
 
+def test_a_loaded_program_takes_positional_arguments_by_name_too(tmp_path: Path) -> None:
+    x, scale, a, b = (torch.randn(4, 6) for _ in range(4))
+    net, more = Keyed().eval(), {"a": a, "b": b}
+    path = export_model(net, tmp_path / "model.pt2", example_input=((x,), {"scale": scale, "more": more}))
+    program, wanted = load_deployed(path), net(x, more=more, scale=scale)
+    assert torch.equal(program(x, more=more, scale=scale), wanted)
+    assert torch.equal(program(more=more, x=x, scale=scale), wanted)
+    text = r"takes \(x, scale=, more=\), what its example input had, and got \(a value, a value, a value\)"
+    for call in (lambda: program(x, scale, more), lambda: program(x, x, more=more, scale=scale), lambda: program(x, scale=scale)):
+        with pytest.raises(ConfigError, match=r"the program takes \(x, scale=, more=\)"):
+            call()
+    with pytest.raises(ConfigError, match=text):
+        program(x, scale, more)
+
+
+def test_a_loaded_program_of_a_forward_with_any_arguments(tmp_path: Path) -> None:
+    class Anything(nn.Module):
+        def forward(self, *parts: Tensor, **more: Tensor) -> Tensor:
+            return torch.cat([*parts, *more.values()], 1)
+
+    x, y, z = (torch.randn(4, 6) for _ in range(3))
+    path = export_model(Anything().eval(), tmp_path / "model.pt2", example_input=((x, y), {"z": z}), dynamic_batch=False)
+    assert torch.equal(load_deployed(path)(x, y, z=z), torch.cat([x, y, z], 1))
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
