@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import ConfigError
+from lightning_quant.files import as_path
 from lightning_quant.onnx_notes import APART, NOTE, module_of, require
 from lightning_quant.runtime import optimized_graph
 from lightning_quant.tables import html_table, text_table
@@ -146,7 +146,7 @@ def execution_report(path: str | os.PathLike[str]) -> ExecutionReport:
     Raises:
         ConfigError: for a file of another origin, or none.
     """
-    source = Path(path)
+    source = as_path(path)
     (onnx,) = require("onnx")
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")

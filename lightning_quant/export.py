@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
+from lightning_quant.dialects import DIALECTS, in_quantized_decomposed, without_pairs
 from lightning_quant.execution import ExecutionReport, execution_report
-from lightning_quant.files import written
+from lightning_quant.files import as_path, check_target, written
 from lightning_quant.formats import FORMATS, WEIGHTS, Profile, check_format, run_onnx, style_of
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.loading import load_deployed, write_numbers
+from lightning_quant.options import OPTIONS, check_options, export_options
 from lightning_quant.parity import (
     LayerParity,
     ParityError,
@@ -54,33 +55,6 @@ __all__ = [
     "load_deployed",
     "onnxruntime_session",
 ]
-
-
-# -- options --------------------------------------------------------------------------------------------------------
-
-
-def export_options(export: Any) -> dict[str, dict[str, Any]]:
-    """Options of `export_model` by suffix, from what the callback's `export` may be.
-
-    Raises:
-        ConfigError: for anything else, an unknown suffix or an unknown option.
-    """
-    if export is None:
-        return {}
-    if isinstance(export, str):
-        export = [export]
-    if not isinstance(export, Mapping | Sequence):
-        raise ConfigError(f"export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got {export!r}.")
-    wrong = isinstance(export, Mapping) and any(not isinstance(given, Mapping | None) for given in export.values())
-    if wrong:
-        raise ConfigError(f"export: expected a dict of options for each suffix, got {export!r}.")
-    options = {s: dict(given or {}) for s, given in export.items()} if isinstance(export, Mapping) else {s: {} for s in export}
-    for suffix, given in options.items():
-        check_format(suffix, "export")
-        for key in given:
-            if key not in OPTIONS:
-                raise ConfigError(f"export[{suffix!r}]: unknown option {key!r}; allowed: {', '.join(OPTIONS)}.")
-    return options
 
 
 # -- export and its check -------------------------------------------------------------------------------------------------
@@ -214,14 +188,12 @@ def export_model(
         The path.
 
     Raises:
-        ConfigError: unknown suffix, missing package, a forward that cannot be exported, a choice that the model rules out.
+        ConfigError: unknown suffix, missing package, a wrong option, a forward that cannot be exported, a choice that the model
+            rules out, a place that cannot be written to.
         ParityError: the file computes something else, or less in int8 than asked for; the target is as it was before.
     """
     options = {key: value for key, value in locals().items() if key not in ("deployed", "path")}
     return export_with_reports(deployed, path, **options).path
-
-
-OPTIONS = tuple(inspect.signature(export_model).parameters)[2:]
 
 
 def export_with_reports(
@@ -231,8 +203,12 @@ def export_with_reports(
 
     `prepared`: as in `check_parity`; reported, not bounded. Not for `.pt`.
     """
+    target = as_path(path)
+    check_format(target.suffix, f"path {os.fspath(path)!r}")
+    check_options(target.suffix, options)
+    check_target(target)
     given = {name: one.default for name, one in inspect.signature(export_model).parameters.items() if name in OPTIONS} | options
-    return _export(deployed, Path(path), prepared, **given)
+    return _export(deployed, target, prepared, **given)
 
 
 def _export(
@@ -252,16 +228,7 @@ def _export(
     metadata: Mapping[str, str] | None,
     dialect: str,
 ) -> Exported:
-    check_format(target.suffix, f"path {os.fspath(target)!r}")
-    if any(module.training for module in deployed.modules()):
-        raise ConfigError(
-            f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
-        )
-    check_dialect(dialect, target.suffix)
-    given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
-    given["profile"] = None if profile == "onnxruntime" else profile
-    if target.suffix != ".onnx" and (named := [name for name, value in given.items() if value is not None]):
-        raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
+    _check_model(deployed)
     if reduce_range:
         _check_range(deployed)
     example = moved(example_input, "cpu")
@@ -320,8 +287,12 @@ def check_parity(
         ConfigError: the file is missing, damaged, of no format that can be compared, or of another model; no batch.
         ParityError: a bound is not kept.
     """
-    source = Path(path)
+    _check_model(deployed)
+    source = as_path(path)
     check_format(source.suffix, f"path {os.fspath(path)!r}")
+    check_options(
+        source.suffix, {} if source.suffix == WEIGHTS else {"atol": atol, "min_equal": min_equal, "dynamic_batch": dynamic_batch}
+    )
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
     if source.suffix == WEIGHTS:
@@ -355,6 +326,18 @@ def check_parity(
     report = merged(reports)
     compare.raise_unless(report, atol, min_equal, "the file was not changed")
     return report
+
+
+def _check_model(deployed: Any) -> None:
+    """Raise a ConfigError unless `deployed` is a module in eval mode, on the CPU."""
+    if not isinstance(deployed, nn.Module):
+        raise ConfigError(f"deployed: expected a module, got {deployed!r}; give what convert_model returned.")
+    kind = type(deployed).__name__
+    if any(module.training for module in deployed.modules()):
+        raise ConfigError(f"{kind} is in train mode; export what convert_model returned, or call eval() first.")
+    elsewhere = {str(tensor.device) for tensor in (*deployed.parameters(), *deployed.buffers()) if tensor.device.type != "cpu"}
+    if elsewhere:
+        raise ConfigError(f"{kind} is on {', '.join(sorted(elsewhere))}; files are written from the CPU: give deployed.cpu().")
 
 
 def _check_default_kernels(

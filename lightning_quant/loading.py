@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of
-from lightning_quant.files import packed, read_program, read_weights, unpacked, write_weights
+from lightning_quant.files import as_path, packed, read_program, read_weights, unpacked, write_weights
 from lightning_quant.manifest import manifest_of, rebuilt, rebuilt_from
 from lightning_quant.parity import ParityError, ParityReport, outputs_parity
 from lightning_quant.record import copied, split_example
@@ -103,7 +103,8 @@ def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = Non
         ConfigError: if the file is missing, damaged, or none that `export_model` wrote, or if it does not fit `model`. Nothing of
             the file is run.
     """
-    source, place = Path(path), f"path {os.fspath(path)!r}"
+    source = as_path(path)
+    place = f"path {os.fspath(path)!r}"
     if source.suffix not in (".pt2", ".pt"):
         raise ConfigError(f"{place}: load_deployed reads .pt2 and .pt files; run .onnx files in onnxruntime.")
     if not source.is_file():
