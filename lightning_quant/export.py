@@ -122,6 +122,26 @@ def _call(model: nn.Module, example: Any) -> list[Tensor]:
         return list(tensors_in(model(*args, **kwargs)))
 
 
+def _called(model: nn.Module, example: Any, place: str) -> list[Tensor]:
+    """The outputs of a call.
+
+    Raises:
+        ConfigError: if `example`, which `place` names, is nothing that the model can be called with.
+    """
+    kind, found = type(model).__name__, type(example).__name__
+    forms = "a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)"
+    if next(tensors_in(split_example(example)), None) is None:
+        raise ConfigError(f"{place}: no tensor in it, but a {found}; give what the model is called with: {forms}.")
+    try:
+        return _call(model, example)
+    except Exception as error:
+        hint = " Of a loader's lists give the inputs alone: ((images,) for images, _ in loader)." if found == "list" else ""
+        raise ConfigError(
+            f"{place}: the forward of {kind} fails on this {found}: {str(error).rstrip('.')}. "
+            f"Give what the model is called with: {forms}.{hint}"
+        ) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A file that was written, and what was found out about it. `execution`: of `.onnx` files."""
@@ -232,6 +252,7 @@ def _export(
     if reduce_range:
         _check_range(deployed)
     example = moved(example_input, "cpu")
+    wanted = [] if example is None else _called(deployed, example, "example_input")
     if target.suffix == WEIGHTS:
         with written(target) as beside:
             report = write_numbers(deployed, beside, target, example)
@@ -253,7 +274,7 @@ def _export(
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
         if target.suffix == ".onnx":
-            _check_default_kernels(beside, target, _call(deployed, example), example, compare, atol, reduce_range)
+            _check_default_kernels(beside, target, wanted, example, compare, atol, reduce_range)
             execution = replace(execution_report(beside), file=target.name)
             if min_int8_share is not None and not execution.keeps(min_int8_share):
                 raise ParityError(
@@ -288,27 +309,22 @@ def check_parity(
         ParityError: a bound is not kept.
     """
     _check_model(deployed)
-    source = as_path(path)
-    check_format(source.suffix, f"path {os.fspath(path)!r}")
-    check_options(
-        source.suffix, {} if source.suffix == WEIGHTS else {"atol": atol, "min_equal": min_equal, "dynamic_batch": dynamic_batch}
-    )
-    if not source.is_file():
-        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
-    if source.suffix == WEIGHTS:
-        raise ConfigError(f"path {os.fspath(path)!r}: a {WEIGHTS} file is compared number by number when it is written.")
-    if source.suffix == ".onnx":
-        try:
-            onnxruntime_session(source)
-        except Exception as error:
-            raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
+    source = _comparable(path)
+    bounds = {"atol": atol, "min_equal": min_equal, "dynamic_batch": dynamic_batch}
+    check_options(source.suffix, bounds)
     if prepared is not None and not prepared_groups(prepared):
         raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
+    if isinstance(batches, Tensor | str | Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(f"batches: expected a list of example inputs, or another iterable, got a {type(batches).__name__}.")
     reports: list[ParityReport] = []
     compare: _Comparison | None = None
-    for batch in batches:
+    for number, batch in enumerate(batches):
         example = moved(batch, "cpu")
+        _called(deployed, example, f"batches[{number}]")
         if compare is None:
+            if prepared is not None:
+                with undisturbed(prepared):
+                    _called(prepared, example, "prepared, called with batches[0]")
             program = program_of(deployed, example, dynamic_batch)
             compare = _Comparison(
                 path=source,
@@ -318,7 +334,15 @@ def check_parity(
                 free=dynamic_batch,
                 exact=only_integers_meet_grids(program),
             )
-        reports.append(compare(example, prepared))
+        try:
+            reports.append(compare(example, prepared))
+        except (ConfigError, ParityError):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"batches[{number}]: {source.name} cannot be run on it: {str(error).rstrip('.')}. A file that was written with "
+                "dynamic_batch=False takes batches of that size alone: give such, and dynamic_batch=False here."
+            ) from error
     if compare is None:
         raise ConfigError("batches: there is none; give at least one example input.")
     if len({tuple((layer.name, layer.value) for layer in report.layers) for report in reports}) != 1:
@@ -326,6 +350,22 @@ def check_parity(
     report = merged(reports)
     compare.raise_unless(report, atol, min_equal, "the file was not changed")
     return report
+
+
+def _comparable(path: Any) -> Path:
+    """The path of a file that is there and can be run; a ConfigError says what else it is."""
+    source = as_path(path)
+    check_format(source.suffix, f"path {os.fspath(path)!r}")
+    if not source.is_file():
+        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
+    if source.suffix == WEIGHTS:
+        raise ConfigError(f"path {os.fspath(path)!r}: a {WEIGHTS} file is compared number by number when it is written.")
+    if source.suffix == ".onnx":
+        try:
+            onnxruntime_session(source)
+        except Exception as error:
+            raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
+    return source
 
 
 def _check_model(deployed: Any) -> None:
