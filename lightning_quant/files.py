@@ -31,7 +31,7 @@ from lightning_quant.config import ConfigError
 
 _MARK = "lightning_quant"  # in a .pt2 file, beside the program
 _FORMAT = 1
-_FOREIGN_AGE = 24 * 3600  # seconds after which another machine's unfinished file counts as left behind
+_FOREIGN_AGE = 24 * 3600  # seconds after which any unfinished file counts as left behind
 
 
 def as_path(path: Any) -> Path:
@@ -94,9 +94,11 @@ def _host() -> str:
 
 
 def _is_left_behind(path: Path, host: str, process: int) -> bool:
-    """Whether the writer of an unfinished file is gone; on another machine, by the age of what it left."""
-    if host != _host():
-        return time.time() - path.stat().st_mtime > _FOREIGN_AGE
+    """Whether the writer of an unfinished file is gone: by its number, or by the age of what it left."""
+    if time.time() - path.stat().st_mtime > _FOREIGN_AGE:  # its number may be another process's by now
+        return True
+    if host != _host() or os.name == "nt":  # where signal 0 ends a process
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

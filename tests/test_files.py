@@ -273,7 +273,7 @@ def test_a_weights_file_that_lacks_a_part_is_refused(lacking: str, tmp_path: Pat
     content = read_weights(path)
     del content[lacking]
     files_module.write_weights(content, path)
-    refused(path, f"is no file that export_model wrote, or is damaged: KeyError.'{lacking}'")
+    refused(path, f"is no file that export_model wrote, or is damaged: KeyError: '{lacking}'")
 
 
 def test_a_manifest_can_call_activations_alone(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_target_that_is_a_folder_is_said_and_nothing_is_left_beside_it(suffix:
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
     ours, pid = f".model~{_host()}~", int(dead.stdout)
-    gone = [f"{ours}{pid}~0a1b.pt", ".model~another-host~1~ff.pt"]
+    gone = [f"{ours}{pid}~0a1b.pt", ".model~another-host~1~ff.pt", f"{ours}{os.getpid()}~0d1e.pt"]  # the last: its number again
     kept = [
         f"{ours}{os.getpid()}~0a1b.pt",  # being written
         f"{ours}{pid}~0a1b.pt2",  # of another target
@@ -381,7 +381,8 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     for name in (*gone, *kept):
         (tmp_path / name).write_bytes(b"")
     yesterday = time.time() - 2 * 24 * 3600
-    os.utime(tmp_path / gone[1], (yesterday, yesterday))
+    for name in gone[1:]:
+        os.utime(tmp_path / name, (yesterday, yesterday))
     export_model(convert_model(trained(CONFIGS["default"])), tmp_path / "model.pt")
     assert sorted(one.name for one in tmp_path.iterdir()) == sorted([*kept, "model.pt"])
 
