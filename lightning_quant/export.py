@@ -152,7 +152,8 @@ class Exported:
 
     def summary(self) -> str:
         """One line."""
-        first = self.parity.summary() or "every number comes back bit for bit"
+        numbers = "every number and output comes back" if self.parity.outputs else "every number comes back"
+        first = f"{numbers} bit for bit" if self.path.suffix == WEIGHTS else self.parity.summary()
         return first if self.execution is None else f"{first}; {self.execution.summary()}"
 
 
