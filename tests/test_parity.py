@@ -196,6 +196,28 @@ def test_check_parity_refuses(tmp_path: Path) -> None:
             execution_report(tmp_path / "model.onnx")
 
 
+class Residual(nn.Module):
+    """An addition, a mean, and a layer whose name is that of a part of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.end = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.end((self.first(x) + x).mean((2, 3)))
+        return out
+
+
+def test_layers_have_the_plans_names(tmp_path: Path) -> None:
+    net = Residual()
+    plan = make_plan(net, ["int8"], example_input=X)
+    prepare_model(net, plan)
+    net.train()(X)
+    path = tmp_path / "model.pt2"
+    report = export_with_reports(convert_model(net.eval()), path, example_input=X).parity
+    assert {"first", "add", "mean"} <= {layer.name for layer in report.layers} <= {layer.name for layer in plan.layers}
+
+
 @pytest.mark.parametrize("batches", [None, 5, X, {"x": X}, "x"], ids=["None", "number", "tensor", "dict", "text"])
 def test_what_is_no_list_of_batches(batches: Any, tmp_path: Path) -> None:
     deployed = convert_model(trained(FUSED))
