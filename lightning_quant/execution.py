@@ -67,8 +67,11 @@ class ExecutionReport:
         text = f"{number - len(slow)} of {number} products run in int8, {self.int8_share:.1%} of the multiply-adds"
         if unknown := sum(not node.multiply_adds for node in self.products):
             text += f" (without {unknown} whose shape is not known)"
-        names = ", ".join(dict.fromkeys(f"{node.module or 'the model'} ({node.reason})" for node in slow[:3]))
-        more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
+        reasons: dict[str, dict[str, None]] = {}
+        for node in slow:
+            reasons.setdefault(node.module or "the model", {})[node.reason] = None
+        names = ", ".join(f"{name} ({'; '.join(why)})" for name, why in list(reasons.items())[:3])
+        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         return f"{text}; in float: {names}{more}" if slow else text
 
     def __str__(self) -> str:
