@@ -98,6 +98,8 @@ def set_mode(deployed: Model, mode: str) -> Model:
         ConfigError: if `mode` is unknown, or `deployed` has no deployed layer.
     """
     check_mode(mode)
+    if not isinstance(deployed, nn.Module):
+        raise ConfigError(f"deployed: expected a module, got {deployed!r}; give what convert_model returned.")
     kinds = (IntegerLayer, PartlyIntegerLayer, Rounding, QuantizedModule)
     layers = {name: module for name, module in _everything(deployed) if isinstance(module, kinds)}
     if not layers:

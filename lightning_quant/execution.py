@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import ConfigError
+from lightning_quant.files import as_path
 from lightning_quant.onnx_notes import APART, NOTE, module_of, require
 from lightning_quant.runtime import optimized_graph
 from lightning_quant.tables import html_table, text_table
@@ -67,8 +67,11 @@ class ExecutionReport:
         text = f"{number - len(slow)} of {number} products run in int8, {self.int8_share:.1%} of the multiply-adds"
         if unknown := sum(not node.multiply_adds for node in self.products):
             text += f" (without {unknown} whose shape is not known)"
-        names = ", ".join(dict.fromkeys(f"{node.module or 'the model'} ({node.reason})" for node in slow[:3]))
-        more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
+        reasons: dict[str, dict[str, None]] = {}
+        for node in slow:
+            reasons.setdefault(node.module or "the model", {})[node.reason] = None
+        names = ", ".join(f"{name} ({'; '.join(why)})" for name, why in list(reasons.items())[:3])
+        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         return f"{text}; in float: {names}{more}" if slow else text
 
     def __str__(self) -> str:
@@ -146,7 +149,7 @@ def execution_report(path: str | os.PathLike[str]) -> ExecutionReport:
     Raises:
         ConfigError: for a file of another origin, or none.
     """
-    source = Path(path)
+    source = as_path(path)
     (onnx,) = require("onnx")
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")

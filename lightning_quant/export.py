@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import for_files, in_float32
-from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
+from lightning_quant.dialects import DIALECTS, in_quantized_decomposed, without_pairs
 from lightning_quant.execution import ExecutionReport, execution_report
-from lightning_quant.files import written
+from lightning_quant.files import as_path, check_target, written
 from lightning_quant.formats import FORMATS, WEIGHTS, Profile, Run, check_format, style_of
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.loading import load_deployed, write_numbers
 from lightning_quant.onnx_notes import notes_in
+from lightning_quant.options import OPTIONS, check_options, export_options
 from lightning_quant.parity import (
     LayerParity,
     OutputParity,
@@ -61,33 +62,6 @@ __all__ = [
     "load_deployed",
     "onnxruntime_session",
 ]
-
-
-# -- options --------------------------------------------------------------------------------------------------------
-
-
-def export_options(export: Any) -> dict[str, dict[str, Any]]:
-    """Options of `export_model` by suffix, from what the callback's `export` may be.
-
-    Raises:
-        ConfigError: for anything else, an unknown suffix or an unknown option.
-    """
-    if export is None:
-        return {}
-    if isinstance(export, str):
-        export = [export]
-    if not isinstance(export, Mapping | Sequence):
-        raise ConfigError(f"export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got {export!r}.")
-    wrong = isinstance(export, Mapping) and any(not isinstance(given, Mapping | None) for given in export.values())
-    if wrong:
-        raise ConfigError(f"export: expected a dict of options for each suffix, got {export!r}.")
-    options = {s: dict(given or {}) for s, given in export.items()} if isinstance(export, Mapping) else {s: {} for s in export}
-    for suffix, given in options.items():
-        check_format(suffix, "export")
-        for key in given:
-            if key not in OPTIONS:
-                raise ConfigError(f"export[{suffix!r}]: unknown option {key!r}; allowed: {', '.join(OPTIONS)}.")
-    return options
 
 
 # -- export and its check -------------------------------------------------------------------------------------------------
@@ -168,6 +142,26 @@ def _call(model: nn.Module, example: Any) -> list[Tensor]:
         return list(tensors_in(model(*args, **kwargs)))
 
 
+def _called(model: nn.Module, example: Any, place: str) -> list[Tensor]:
+    """The outputs of a call.
+
+    Raises:
+        ConfigError: if `example`, which `place` names, is nothing that the model can be called with.
+    """
+    kind, found = type(model).__name__, type(example).__name__
+    forms = "a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)"
+    if next(tensors_in(split_example(example)), None) is None:
+        raise ConfigError(f"{place}: no tensor in it, but a {found}; give what the model is called with: {forms}.")
+    try:
+        return _call(model, example)
+    except Exception as error:
+        hint = " Of a loader's lists give the inputs alone: ((images,) for images, _ in loader)." if found == "list" else ""
+        raise ConfigError(
+            f"{place}: the forward of {kind} fails on this {found}: {str(error).rstrip('.')}. "
+            f"Give what the model is called with: {forms}.{hint}"
+        ) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A file that was written, and what was found out about it. `execution`: of `.onnx` files."""
@@ -178,7 +172,8 @@ class Exported:
 
     def summary(self) -> str:
         """One line."""
-        first = self.parity.summary() or "every number comes back bit for bit"
+        numbers = "every number and output comes back" if self.parity.outputs else "every number comes back"
+        first = f"{numbers} bit for bit" if self.path.suffix == WEIGHTS else self.parity.summary()
         return first if self.execution is None else f"{first}; {self.execution.summary()}"
 
 
@@ -240,14 +235,12 @@ def export_model(
         The path.
 
     Raises:
-        ConfigError: unknown suffix, missing package, a forward that cannot be exported, a choice that the model rules out.
+        ConfigError: unknown suffix, missing package, a wrong option, a forward that cannot be exported, a choice that the model
+            rules out, a place that cannot be written to.
         ParityError: the file computes something else, or less in int8 than asked for; the target is as it was before.
     """
     options = {key: value for key, value in locals().items() if key not in ("deployed", "path")}
     return export_with_reports(deployed, path, **options).path
-
-
-OPTIONS = tuple(inspect.signature(export_model).parameters)[2:]
 
 
 def export_with_reports(
@@ -257,8 +250,12 @@ def export_with_reports(
 
     `prepared`: as in `check_parity`; reported, not bounded. Not for `.pt`.
     """
+    target = as_path(path)
+    check_format(target.suffix, f"path {os.fspath(path)!r}")
+    check_options(target.suffix, options)
+    check_target(target)
     given = {name: one.default for name, one in inspect.signature(export_model).parameters.items() if name in OPTIONS} | options
-    return _export(deployed, Path(path), prepared, **given)
+    return _export(deployed, target, prepared, **given)
 
 
 def _export(
@@ -278,18 +275,15 @@ def _export(
     metadata: Mapping[str, str] | None,
     dialect: str,
 ) -> Exported:
-    check_format(target.suffix, f"path {os.fspath(target)!r}")
-    _check_deployed(deployed, target.suffix)
-    check_dialect(dialect, target.suffix)
-    given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
-    given["profile"] = None if profile == "onnxruntime" else profile
-    if target.suffix != ".onnx" and (named := [name for name, value in given.items() if value is not None]):
-        raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
+    _check_model(deployed, target.suffix)
     if reduce_range:
         _check_range(deployed)
     given_as = moved(example_input, "cpu")
-    _check_numbers(given_as, "example_input")
+    if example_input is not None:
+        _check_numbers(given_as, "example_input")
     deployed, example = _as_written(deployed, given_as, target.suffix)
+    if example is not None:
+        _called(deployed, example, "example_input")
     if target.suffix == WEIGHTS:
         with written(target) as beside:
             report = write_numbers(deployed, beside, target, example)
@@ -329,8 +323,10 @@ def _export(
     return Exported(path=target, parity=report, execution=execution)
 
 
-def _check_deployed(deployed: nn.Module, suffix: str) -> None:
-    """Raise a ConfigError for a model that is not ready to be shipped."""
+def _check_model(deployed: Any, suffix: str) -> None:
+    """Raise a ConfigError unless `deployed` is a module that is ready to be shipped."""
+    if not isinstance(deployed, nn.Module):
+        raise ConfigError(f"deployed: expected a module, got {deployed!r}; give what convert_model returned.")
     if prepared_groups(deployed):
         raise ConfigError(
             f"{type(deployed).__name__} is prepared, which is for training; export what convert_model(model) returns."
@@ -395,27 +391,25 @@ def check_parity(
         ConfigError: the file is missing, damaged, of no format that can be compared, or of another model; no batch.
         ParityError: a bound is not kept.
     """
-    source = Path(path)
-    check_format(source.suffix, f"path {os.fspath(path)!r}")
-    if not source.is_file():
-        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
-    if source.suffix == WEIGHTS:
-        raise ConfigError(f"path {os.fspath(path)!r}: a {WEIGHTS} file is compared number by number when it is written.")
-    if source.suffix == ".onnx":
-        try:
-            onnxruntime_session(source)
-        except Exception as error:
-            raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
+    source = _comparable(path)
+    _check_model(deployed, source.suffix)
+    bounds = {"atol": atol, "min_equal": min_equal, "dynamic_batch": dynamic_batch}
+    check_options(source.suffix, bounds)
     if prepared is not None and not prepared_groups(prepared):
         raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
-    _check_deployed(deployed, source.suffix)
+    if isinstance(batches, Tensor | str | Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(f"batches: expected a list of example inputs, or another iterable, got a {type(batches).__name__}.")
     reports: list[ParityReport] = []
     compare: _Comparison | None = None
-    for batch in batches:
+    for number, batch in enumerate(batches):
         as_given = moved(batch, "cpu")
-        _check_numbers(as_given, "batches")
+        _check_numbers(as_given, f"batches[{number}]")
         deployed, example = _as_written(deployed, as_given, source.suffix)
+        _called(deployed, example, f"batches[{number}]")
         if compare is None:
+            if prepared is not None:
+                with undisturbed(prepared):
+                    _called(prepared, as_given, "prepared, called with batches[0]")
             program = program_of(deployed, example, dynamic_batch)
             compare = _Comparison(
                 path=source,
@@ -426,7 +420,15 @@ def check_parity(
                 exact=only_integers_meet_grids(program),
                 kernels=source.suffix != ".onnx" or notes_in(source).get("profile") == _KERNELS,
             )
-        reports.append(compare(example, prepared, as_given=as_given))
+        try:
+            reports.append(compare(example, prepared, as_given=as_given))
+        except (ConfigError, ParityError):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"batches[{number}]: {source.name} cannot be run on it: {str(error).rstrip('.')}. A file that was written with "
+                "dynamic_batch=False takes batches of that size alone: give such, and dynamic_batch=False here."
+            ) from error
     if compare is None:
         raise ConfigError("batches: there is none; give at least one example input.")
     if len({tuple((layer.name, layer.value) for layer in report.layers) for report in reports}) != 1:
@@ -434,6 +436,22 @@ def check_parity(
     report = merged(reports)
     compare.raise_unless(report, atol, min_equal, "the file was not changed")
     return report
+
+
+def _comparable(path: Any) -> Path:
+    """The path of a file that is there and can be run; a ConfigError says what else it is."""
+    source = as_path(path)
+    check_format(source.suffix, f"path {os.fspath(path)!r}")
+    if not source.is_file():
+        raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
+    if source.suffix == WEIGHTS:
+        raise ConfigError(f"path {os.fspath(path)!r}: a {WEIGHTS} file is compared number by number when it is written.")
+    if source.suffix == ".onnx":
+        try:
+            onnxruntime_session(source)
+        except Exception as error:
+            raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
+    return source
 
 
 def _check_default_kernels(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 import lightning_quant.operators  # noqa: F401  (registers what saved programs call)
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of
-from lightning_quant.files import packed, read_program, read_weights, unpacked, write_weights
-from lightning_quant.manifest import manifest_of, rebuilt, rebuilt_from
+from lightning_quant.files import as_path, packed, read_program, read_weights, unpacked, write_weights
+from lightning_quant.group import own_class
+from lightning_quant.manifest import LAYERS, manifest_of, rebuilt, rebuilt_from
 from lightning_quant.parity import ParityError, ParityReport, outputs_parity
 from lightning_quant.record import copied, split_example
 from lightning_quant.targets import tensors_in
@@ -161,7 +163,8 @@ def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = Non
         ConfigError: if the file is missing, damaged, or none that `export_model` wrote, or if it does not fit `model`. Nothing of
             the file is run.
     """
-    source, place = Path(path), f"path {os.fspath(path)!r}"
+    source = as_path(path)
+    place = f"path {os.fspath(path)!r}"
     if source.suffix not in (".pt2", ".pt"):
         raise ConfigError(f"{place}: load_deployed reads .pt2 and .pt files; run .onnx files in onnxruntime.")
     if not source.is_file():
@@ -174,9 +177,34 @@ def load_deployed(path: str | os.PathLike[str], *, model: nn.Module | None = Non
     if model is None:
         return DeployedProgram(read_program(source))
     found = read_weights(source)
+    _check_class(model, found.get("manifest"), place)
     try:
         return rebuilt(model, found["manifest"], unpacked(found["state"], found["packed"]), example_input=example_input)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
+        raise ConfigError(f"{place}: {_COLOURS.sub('', str(error))}") from error
     except Exception as error:
-        raise ConfigError(f"{place} is no file that export_model wrote, or is damaged: {error!r}") from error
+        text = _COLOURS.sub("", f"{type(error).__name__}: {error}")
+        raise ConfigError(f"{place} is no file that export_model wrote, or is damaged: {text}") from error
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # torch colours some of its messages
+
+
+def _check_class(model: Any, manifest: Any, place: str) -> None:
+    """Raise a ConfigError if `model` is no module, or deployed already, or the file is one of a net inside it."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}; give an instance of it" if isinstance(model, type) else f"{model!r}; give one"
+        raise ConfigError(f"{place}: model: expected an instance of the class that was trained, got {given}.")
+    deployed = next((name for name, one in model.named_modules() if isinstance(one, LAYERS)), None)
+    if deployed is not None:
+        raise ConfigError(
+            f"{place}: model is deployed already ({deployed!r}); give a new instance of the class that was trained."
+        )
+    kind = manifest.get("model") if isinstance(manifest, dict) else None
+    if own_class(model).__name__ != kind:
+        inside = [name for name, one in model.named_modules() if name and own_class(one).__name__ == kind]
+        if inside:
+            raise ConfigError(
+                f"{place}: the file was written of a {kind}, which is {inside[0]!r} of this {own_class(model).__name__}; give "
+                f"model.{inside[0]}."
+            )

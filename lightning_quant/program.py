@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch._ops import OpOverload
 
 import lightning_quant.operators  # noqa: F401  (registers what programs call)
 from lightning_quant.config import ConfigError
+from lightning_quant.integer import Rounding
 from lightning_quant.record import copied, split_example
 from lightning_quant.targets import on_tensors, tensors_in
 
@@ -224,9 +226,14 @@ def zero_points_of(program: torch.export.ExportedProgram) -> list[tuple[str, int
     return found
 
 
+_PART = re.compile(r"\.(end|rounds_(in|out)(\.\d+)?)$")
+
+
 def _layer_of(node: torch.fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
-    return str(stack[-1][0]).partition("@")[0]
+    """The name of the module or operator that a node is of: the plan's, not that of a part of it that rounds."""
+    path, kind = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
+    name = str(path).partition("@")[0]
+    return _PART.sub("", name) if str(kind).rstrip("'>").endswith(f".{Rounding.__name__}") else name
 
 
 def steps_of(program: torch.export.ExportedProgram) -> list[float | None]:

@@ -13,11 +13,13 @@ import onnx
 import pytest
 import torch
 from conftest import run_recorded
+from lightning.pytorch import LightningModule
 from onnx import TensorProto, numpy_helper
 from test_convert import CONFIGS, trained
 from test_fusion import prepared
 from test_mnist import optimized_ops
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from toys import FUSED
 
 from lightning_quant import (
@@ -192,6 +194,91 @@ def test_check_parity_refuses(tmp_path: Path) -> None:
             check_parity(deployed, tmp_path / "model.onnx", [X])
         with pytest.raises(ConfigError, match=r"model\.onnx' is no \.onnx file that export_model wrote, or is damaged"):
             execution_report(tmp_path / "model.onnx")
+
+
+class Named(nn.Module):
+    """An addition, a mean, and a layer whose name is that of a part of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.end = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.end((self.first(x) + x).mean((2, 3)))
+        return out
+
+
+def test_layers_have_the_plans_names(tmp_path: Path) -> None:
+    net = Named()
+    plan = make_plan(net, ["int8"], example_input=X)
+    prepare_model(net, plan)
+    net.train()(X)
+    path = tmp_path / "model.pt2"
+    report = export_with_reports(convert_model(net.eval()), path, example_input=X).parity
+    assert {"first", "add", "mean"} <= {layer.name for layer in report.layers} <= {layer.name for layer in plan.layers}
+
+
+@pytest.mark.parametrize("batches", [None, 5, X, {"x": X}, "x"], ids=["None", "number", "tensor", "dict", "text"])
+def test_what_is_no_list_of_batches(batches: Any, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    with pytest.raises(ConfigError, match=f"batches: expected a list of example inputs, .* got a {type(batches).__name__}"):
+        check_parity(deployed, path, batches)
+
+
+def test_a_loaders_batches_hold_labels(tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    data = DataLoader(TensorDataset(X, torch.zeros(len(X))), batch_size=16)
+    with pytest.raises(
+        ConfigError, match=r"batches\[0\]: the forward of Net fails on this list: .*\(\(images,\) for images, _ in"
+    ):
+        check_parity(deployed, path, data)
+    assert check_parity(deployed, path, ((images,) for images, _ in data)).different == 0
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_batches_of_another_size_than_a_file_takes(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / f"model{suffix}", example_input=X[:40], dynamic_batch=False)
+    for example, free in ((X[:40], True), (X[:10], False)):
+        with pytest.raises(
+            ConfigError, match=r"(?s)batches\[0\]: model.* cannot be run on it: .*give such, and dynamic_batch=False"
+        ):
+            check_parity(deployed, path, [example], dynamic_batch=free)
+    assert check_parity(deployed, path, [X[:40]], dynamic_batch=False).different == 0
+
+
+class Wrapped(LightningModule):
+    """The net is inside, as where a step calls it; there is no forward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+def test_a_prepared_module_that_cannot_be_called(tmp_path: Path) -> None:
+    net = trained(FUSED)
+    deployed = convert_model(net)
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    with pytest.raises(ConfigError, match=r"prepared, called with batches\[0\]: the forward of Wrapped fails on this Tensor"):
+        check_parity(deployed, path, [X], prepared=Wrapped(net))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_what_the_model_cannot_be_called_with(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    wrong: dict[str, Any] = {
+        "the forward of Net fails on this list: .* give the inputs alone": [X],
+        "the forward of Net fails on this tuple: .*takes 2 positional arguments": (X, torch.zeros(48)),
+        "the forward of Net fails on this Tensor: .*to have 3 channels": torch.randn(4, 1, 8, 8),
+        "no tensor in it, but a ndarray; give what the model is called with: a tensor": X.numpy(),
+        "no tensor in it, but a DataLoader; give": DataLoader(TensorDataset(X)),
+    }
+    for message, example in wrong.items():
+        with pytest.raises(ConfigError, match=rf"(?s)^example_input: {message}"):
+            export_model(deployed, tmp_path / f"model{suffix}", example_input=example)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_flipped_bit_in_a_weight_of_an_onnx_file_is_named(tmp_path: Path) -> None:
