@@ -154,6 +154,8 @@ def _called(model: nn.Module, example: Any, place: str) -> list[Tensor]:
         raise ConfigError(f"{place}: no tensor in it, but a {found}; give what the model is called with: {forms}.")
     try:
         return _call(model, example)
+    except ConfigError:  # a forward of the user's that says what it wants
+        raise
     except Exception as error:
         hint = " Of a loader's lists give the inputs alone: ((images,) for images, _ in loader)." if found == "list" else ""
         raise ConfigError(

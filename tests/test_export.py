@@ -396,7 +396,7 @@ def test_nan_in_the_example(suffix: str, tmp_path: Path) -> None:
         export_model(deployed, tmp_path / f"model{suffix}", example_input=bad)
     if suffix != ".pt":
         path = export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
-        with pytest.raises(ConfigError, match="batches: there is NaN in it"):
+        with pytest.raises(ConfigError, match=r"batches\[1\]: there is NaN in it"):
             check_parity(deployed, path, [X, bad])
 
 

@@ -104,7 +104,7 @@ def test_what_is_no_model_to_export(tmp_path: Path) -> None:
     deployed = convert_model(trained(FUSED))
     path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
     for suffix in (".onnx", ".pt2", ".pt"):
-        with pytest.raises(ConfigError, match=r"Net is on meta; files are written from the CPU: give deployed\.cpu\(\)"):
+        with pytest.raises(ConfigError, match=r"Net is on meta; there are no numbers to write"):
             export_model(convert_model(trained(FUSED)).to("meta"), tmp_path / f"other{suffix}", example_input=X)
     with pytest.raises(ConfigError, match="Linear is in train mode"):
         check_parity(nn.Linear(3, 3), path, [X])
