@@ -31,9 +31,10 @@ from lightning_quant.checkpoints import (
 from lightning_quant.company import ParameterGroups, check_precision, clock_of, stand_before_finetuning
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
-from lightning_quant.delivery import converted, unfinished, write_files
+from lightning_quant.delivery import check_delivery, converted, unfinished, write_files
 from lightning_quant.evaluation import EvaluatesAsShipped
 from lightning_quant.export import Exported, export_options
+from lightning_quant.files import checked_folder
 from lightning_quant.layers import Plan
 from lightning_quant.logs import Logs
 from lightning_quant.plan import parse_settings, plan_from_graph
@@ -154,7 +155,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         self.schedule, self.calibration = Schedule.make(schedule), Calibration.make(calibration)
         self.memory, self.simulate_bias = checked_memory(memory), checked_switch("simulate_bias", simulate_bias)
         self.root, self.example_input, self.source = root, example_input, source
-        self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
+        self.export, self.dirpath, self.verbose = export_options(export), checked_folder(dirpath), verbose
         self.exported: tuple[Exported, ...] = ()
         self.logs = Logs(log_every_n_steps)
         self.log_every_n_steps = self.logs.every
@@ -207,8 +208,10 @@ class QuantFusionCallback(EvaluatesAsShipped):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
-        self.plan = plan = together(lambda: self._make_plan(trainer, pl_module))
+        folder = self._folder(trainer) if self.export else Path()  # a collective: on all ranks
+        self.plan = plan = together(lambda: self._checked_plan(trainer, pl_module, folder))
         self.deployed_model, self.exported = None, ()
+        self._last.forget()
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         state = self._pending or own
@@ -256,6 +259,19 @@ class QuantFusionCallback(EvaluatesAsShipped):
                 rank_zero_warn(f"{type(self).__name__}: {'; '.join(plan.notes)}; {note}")
             plan = replace(plan, notes=(*plan.notes, note))
         return plan
+
+    def _checked_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> Plan:
+        plan = self._make_plan(trainer, pl_module)
+        check_delivery(plan, self.export, self._example, folder if self._writes(trainer) else None)
+        return plan
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+    @staticmethod
+    def _writes(trainer: pl.Trainer) -> bool:
+        """Whether this process writes files; a trial run overwrites nothing."""
+        return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -328,7 +344,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
         saves_alone(pl_module)
         self._leave_ranks()  # of a fit that trained nothing
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
+        folder = self._folder(trainer)  # a collective: on all ranks
         self._relink(pl_module)
         if (why := unfinished(pl_module, self._phase, self._layers, self.schedule)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
@@ -337,6 +353,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
             choose = partial(best_checkpoint, trainer, self.state_key, self._run) if best else lambda: None
             self._deliver_together(trainer, pl_module, choose, partial(self._deliver, trainer, pl_module, folder))
         self._hand_over(trainer, self._entry, folder, self._example)
+        self._last.forget()
 
     def _deliver(
         self,
@@ -356,7 +373,7 @@ class QuantFusionCallback(EvaluatesAsShipped):
         self.deployed_model = deployed = converted(twin, self._entry, self._example)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
+        if self._writes(trainer):
             written, prepared = deployed.get_submodule(uncompiled_name(self._entry)), twin.get_submodule(self._entry)
             example = self._last.like(self._example)
             self.exported = write_files(

@@ -23,11 +23,16 @@ from torch import nn
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import convert_model, unobserved
 from lightning_quant.export import Exported, export_with_reports
+from lightning_quant.files import check_folder
+from lightning_quant.layers import Plan
+from lightning_quant.options import check_plan
 from lightning_quant.parity import ParityError
 from lightning_quant.prepare import prepared_groups, rounds_all
 from lightning_quant.record import copied, split_example, undisturbed
 from lightning_quant.schedule import Phase, Schedule
 from lightning_quant.targets import tensors_in, uncompiled_name
+
+_NO_EXAMPLE = "export: needs example_input, because the forward could not be recorded from the training data."
 
 
 def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
@@ -197,6 +202,24 @@ def with_config(suffix: str, options: Mapping[str, Any], config_list: Any) -> di
     return {**options, "metadata": said}
 
 
+def check_delivery(plan: Plan, formats: Mapping[str, Mapping[str, Any]], example: Any, folder: Path | None) -> None:
+    """Raise a ConfigError before training if the files that are asked for cannot be written after it.
+
+    Makes `folder`; without one nothing will be written.
+    """
+    check_plan(plan, formats)
+    if formats and example is None:
+        raise ConfigError(_NO_EXAMPLE)
+    if folder is None:
+        return
+    for suffix in formats:
+        if (target := folder / f"model{suffix}").is_dir():
+            raise ConfigError(
+                f"dirpath: {os.fspath(target)!r} is a folder, and the name of a file to write. Give another dirpath."
+            )
+        check_folder(folder, "dirpath")
+
+
 def write_files(
     model: nn.Module,
     folder: Path,
@@ -216,7 +239,7 @@ def write_files(
         ConfigError | ParityError | OSError: the first failure, when all have been tried; warns of further ones.
     """
     if formats and example is None:
-        raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
+        raise ConfigError(_NO_EXAMPLE)
     failed: list[Exception] = []
     done: list[Exported] = []
     for suffix, options in formats.items():

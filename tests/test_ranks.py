@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,9 +170,11 @@ def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(two: list[dict[
 
 def test_what_fails_in_one_process_fails_in_all(two: list[dict[str, Any]]) -> None:
     first, second = (one["failures"] for one in two)
-    assert set(first) == set(second) == {"export", "example", "plan", "calibration"}
-    assert first["export"].startswith("FileExistsError")
-    assert second["export"].startswith("ConfigError: process 0 failed: FileExistsError")
+    assert set(first) == set(second) == {"folder", "export", "example", "plan", "calibration"}
+    assert first["folder"].startswith("ConfigError: dirpath cannot be written: ")
+    assert second["folder"].startswith("ConfigError: process 0 failed: ConfigError: dirpath cannot be written: ")
+    assert re.match(r"ConfigError: path '.*model\.pt2' is a folder", first["export"])
+    assert re.match(r"ConfigError: process 0 failed: ConfigError: path '.*model\.pt2' is a folder", second["export"])
     assert first["example"].startswith("ConfigError: process 1 failed: ConfigError: example_input: the recorded forward")
     assert second["example"].startswith("ConfigError: example_input: the recorded forward")
     assert "process 1 has other quantizers than process 0" in first["plan"]
