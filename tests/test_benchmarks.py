@@ -89,6 +89,7 @@ def test_quartiles_are_of_the_ratios_round_by_round() -> None:
     assert step_time.quartiles_of_ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == [1.5, 2.0, 2.5]
 
 
+@pytest.mark.slow
 def test_two_processes_print_what_merging_costs(capsys: pytest.CaptureFixture[str]) -> None:
     ranks.main(["--nets", "mlp", "--rounds", "2"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]

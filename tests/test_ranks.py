@@ -197,7 +197,7 @@ def test_a_net_with_sync_batch_norm_is_fused_and_found_again(two: list[dict[str,
 # -- processes that are gone after the fit ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp_notebook"])
 def test_the_process_that_called_fit_has_the_deployed_model(strategy: str, tmp_path: Path) -> None:
     """Acceptance behaviour 14."""
     ended([started(tmp_path, strategy)])
