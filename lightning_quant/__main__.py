@@ -31,7 +31,9 @@ from lightning_quant.checkpoints import saves_alone
 from lightning_quant.config import ConfigError, closest
 from lightning_quant.convert import copy_of
 from lightning_quant.delivery import with_config
-from lightning_quant.export import Profile, export_options, export_with_reports
+from lightning_quant.export import Profile, check_format, export_with_reports
+from lightning_quant.files import check_target
+from lightning_quant.options import check_options
 from lightning_quant.parity import ParityError
 from lightning_quant.report import summarize
 from lightning_quant.targets import uncompiled_name
@@ -62,9 +64,12 @@ class QuantTrainer(Trainer):
         dynamic_batch: bool = True,
         dynamic_size: bool = False,
         atol: float | None = None,
+        min_equal: float | None = None,
         min_int8_share: float | None = None,
         profile: Profile = "onnxruntime",
+        signed: bool | None = None,
         reduce_range: bool = False,
+        dialect: Literal["lightning_quant", "quantized_decomposed"] = "lightning_quant",
         datamodule: LightningDataModule | None = None,
     ) -> None:
         """Converts a checkpoint and writes the file that is deployed, checked against the converted model.
@@ -78,9 +83,12 @@ class QuantTrainer(Trainer):
             dynamic_size: leave height and width, or the length, free.
             atol: allowed difference of any output, relative to its largest value; left out, 1e-4 where every quantized tensor
                 comes from integers, else 5e-2.
+            min_equal: the least share of equal integers in any layer, from 0 to 1.
             min_int8_share: the least share of multiply-adds that onnxruntime runs in int8, from 0 to 1; of onnx.
             profile: the runtime that an onnx file is for: onnxruntime, openvino or tensorrt.
-            reduce_range: check that weights have 7 bits, for CPUs without VNNI; of onnx.
+            signed: activations as int8; left out, as the profile has it; of onnx.
+            reduce_range: check that weights have 7 bits, for CPUs without VNNI.
+            dialect: the operators of a pt2 file: lightning_quant, our own, or quantized_decomposed.
             datamodule: the config's.
         """
         checkpoint = _checkpoint(ckpt_path)
@@ -89,11 +97,16 @@ class QuantTrainer(Trainer):
             "dynamic_batch": dynamic_batch,
             "dynamic_size": dynamic_size,
             "atol": atol,
+            "min_equal": min_equal,
             "min_int8_share": min_int8_share,
             "profile": profile,
+            "signed": signed,
             "reduce_range": reduce_range,
+            "dialect": dialect,
         }
-        export_options({path.suffix: options})
+        check_format(path.suffix, f"output {str(path)!r}")
+        check_options(path.suffix, options)
+        check_target(path, "output")
         callback = self._attach(model, datamodule, checkpoint)
         if (why := callback._unfinished(model)) is not None:
             raise ConfigError(f"ckpt_path: {why}, so there is nothing to export.")
@@ -141,6 +154,7 @@ class QuantTrainer(Trainer):
                     f"ckpt_path: {ckpt_path!r} holds nothing of {type(callback).__name__}: it was saved without the callback, or "
                     "before it was attached. Give a checkpoint of a fit with this config."
                 )
+            callback.export = {}  # its files are a fit's
             callback.on_fit_start(self, model)
             saves_alone(model)
             found.append(callback)

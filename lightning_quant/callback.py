@@ -32,8 +32,9 @@ from lightning_quant.company import ParameterGroups, check_precision, clock_of, 
 from lightning_quant.compression import Compresses, checked_lists
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
-from lightning_quant.delivery import converted, unfinished, write_files
+from lightning_quant.delivery import check_delivery, converted, unfinished, write_files, writes
 from lightning_quant.export import Exported, export_options
+from lightning_quant.files import checked_folder
 from lightning_quant.layers import Plan
 from lightning_quant.logs import Logs
 from lightning_quant.plan import parse_settings, plan_from_graph
@@ -165,7 +166,7 @@ class QuantFusionCallback(Compresses):
         self.schedule, self.calibration = Schedule.make(schedule), Calibration.make(calibration)
         self.memory, self.simulate_bias = checked_memory(memory), checked_switch("simulate_bias", simulate_bias)
         self.root, self.example_input, self.source = root, example_input, source
-        self.export, self.dirpath, self.verbose = export_options(export), dirpath, verbose
+        self.export, self.dirpath, self.verbose = export_options(export), checked_folder(dirpath), verbose
         self.exported: tuple[Exported, ...] = ()
         self.logs = Logs(log_every_n_steps)
         self.log_every_n_steps = self.logs.every
@@ -222,8 +223,10 @@ class QuantFusionCallback(Compresses):
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: dict[str, Any] | None) -> None:
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
-        self.plan = plan = together(lambda: self._make_plan(trainer, pl_module))
+        folder = self._folder(trainer) if self.export else Path()  # a collective: on all ranks
+        self.plan = plan = together(lambda: self._checked_plan(trainer, pl_module, folder))
         self.deployed_model, self.exported, self.shrunk = None, (), None
+        self._last.forget()
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
         state = self._pending or own
@@ -256,8 +259,7 @@ class QuantFusionCallback(Compresses):
 
     def _log_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         given = {"config_list": self.config_list, "settings": self.settings, "schedule": dict(vars(self.schedule))}
-        given |= self._asked()
-        self.logs.settings(trainer, pl_module, given)
+        self.logs.settings(trainer, pl_module, given | self._asked())
 
     def _prepare(self, pl_module: pl.LightningModule, plan: Plan) -> None:
         self._attach_masks(pl_module)
@@ -279,6 +281,14 @@ class QuantFusionCallback(Compresses):
                 rank_zero_warn(f"{type(self).__name__}: {'; '.join(plan.notes)}; {note}")
             plan = replace(plan, notes=(*plan.notes, note))
         return plan
+
+    def _checked_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> Plan:
+        plan = self._make_plan(trainer, pl_module)
+        check_delivery(plan, self.export, self._example, folder if writes(trainer) else None)
+        return plan
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
@@ -354,7 +364,7 @@ class QuantFusionCallback(Compresses):
         saves_alone(pl_module)
         self._end_teaching()
         self._leave_ranks()  # of a fit that trained nothing
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective: on all ranks
+        folder = self._folder(trainer)  # a collective: on all ranks
         self._relink(pl_module)
         if (why := self._unfinished(pl_module)) is not None:
             rank_zero_warn(f"{type(self).__name__}: {why}, so nothing was converted; `deployed_model` is None.")
@@ -363,6 +373,7 @@ class QuantFusionCallback(Compresses):
             choose = partial(best_checkpoint, trainer, self.state_key, self._run) if best else lambda: None
             self._deliver_together(trainer, pl_module, choose, partial(self._deliver, trainer, pl_module, folder))
         self._hand_over(trainer, self._entry, folder, self._example)
+        self._last.forget()
 
     def _deliver(
         self,
@@ -383,7 +394,7 @@ class QuantFusionCallback(Compresses):
         self.deployed_model = deployed = self._converted(small)
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: converted {'the last weights' if origin is None else origin[0]}")
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):  # a trial run overwrites nothing
+        if writes(trainer):
             written = deployed.get_submodule(uncompiled_name(self._entry))
             prepared = small.get_submodule(self._entry) if prepared_groups(small) else None
             example = self._last.like(self._example)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.utils.prune import BasePruningMethod, remove
@@ -83,7 +84,10 @@ def check_mode(mode: Any) -> None:
 
 
 def set_mode(deployed: Model, mode: str) -> Model:
-    """Have a deployed model compute in another way, in place, and return it. No file holds the mode.
+    """Have a deployed model compute in another way, in place, and return it.
+
+    `.onnx` and `.pt` files hold no mode: what is in "reference" is written as in "integer". A `.pt2` file in our own dialect runs
+    as the model did: one of "reference" holds torch's own operators alone, one of the others ours.
 
     "integer": exact integers, held in float32, at the speed of the float model; what eval of the prepared model computes, bit for
     bit, and what files are checked against. "onednn": the same numbers, bit for bit, with torch's int8 CPU kernels where the CPU
@@ -96,6 +100,8 @@ def set_mode(deployed: Model, mode: str) -> Model:
         ConfigError: if `mode` is unknown, or `deployed` has no deployed layer.
     """
     check_mode(mode)
+    if not isinstance(deployed, nn.Module):
+        raise ConfigError(f"deployed: expected a module, got {deployed!r}; give what convert_model returned.")
     kinds = (IntegerLayer, PartlyIntegerLayer, Rounding, QuantizedModule)
     layers = {name: module for name, module in _everything(deployed) if isinstance(module, kinds)}
     if not layers:
@@ -103,11 +109,32 @@ def set_mode(deployed: Model, mode: str) -> Model:
     reasons: dict[str, list[str]] = {}
     for name, layer in layers.items():
         layer.mode = mode
-        if mode == "onednn" and isinstance(layer, IntegerLayer) and (reason := layer.onednn_problem()):
+        if mode == "onednn" and (reason := _onednn_problem(layer)):
             reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         warnings.warn(f"mode 'onednn': {', '.join(names)} run as in 'integer': {reason}.", stacklevel=2)
     return deployed
+
+
+def _onednn_problem(layer: nn.Module) -> str:
+    """Why torch's int8 kernels cannot run what multiplies in a deployed layer; nothing if they can, or nothing does."""
+    if isinstance(layer, IntegerLayer):
+        return layer.onednn_problem()
+    multiplies = isinstance(layer, PartlyIntegerLayer) or (isinstance(layer, QuantizedModule) and layer.stored)
+    return "float arithmetic on rounded tensors" if multiplies else ""
+
+
+def for_files(deployed: nn.Module) -> nn.Module:
+    """What an `.onnx` or `.pt` file is made of: the model, or a copy in "integer" where a layer of it computes as "reference"."""
+    references = any(getattr(module, "mode", None) == MODES[1] for _, module in _everything(deployed))
+    return set_mode(copy_of(deployed), MODES[0]) if references else deployed
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """The model, or a copy whose floating parameters and buffers are float32 where one of them is not."""
+    tensors = (*model.parameters(), *model.buffers())
+    others = any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors)
+    return copy_of(model).float() if others else model
 
 
 def _everything(deployed: nn.Module) -> Iterator[tuple[str, nn.Module]]:

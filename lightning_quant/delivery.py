@@ -23,11 +23,16 @@ from torch import nn
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import convert_model, unobserved
 from lightning_quant.export import Exported, export_with_reports
+from lightning_quant.files import check_folder
+from lightning_quant.layers import Plan
+from lightning_quant.options import check_plan
 from lightning_quant.parity import ParityError
 from lightning_quant.prepare import prepared_groups, rounds_all
 from lightning_quant.record import copied, split_example, undisturbed
 from lightning_quant.schedule import Phase, Schedule
 from lightning_quant.targets import tensors_in, uncompiled_name
+
+_NO_EXAMPLE = "export: needs example_input, because the forward could not be recorded from the training data."
 
 
 def converted(prepared: nn.Module, entry: str, example: Any) -> nn.Module:
@@ -101,6 +106,11 @@ def _remove(path: Path, owner: int) -> None:
 def fits_elsewhere(trainer: pl.Trainer) -> bool:
     """Whether this process was started for the fit and is gone after it, while another one called fit."""
     return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(trainer.strategy.launcher).__mro__)
+
+
+def writes(trainer: pl.Trainer) -> bool:
+    """Whether this process writes the files of a fit; a trial run overwrites nothing."""
+    return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
 
 
 def check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:
@@ -197,6 +207,24 @@ def with_config(suffix: str, options: Mapping[str, Any], config_list: Any) -> di
     return {**options, "metadata": said}
 
 
+def check_delivery(plan: Plan, formats: Mapping[str, Mapping[str, Any]], example: Any, folder: Path | None) -> None:
+    """Raise a ConfigError before training if the files that are asked for cannot be written after it.
+
+    Makes `folder`; without one nothing will be written.
+    """
+    check_plan(plan, formats)
+    if formats and example is None:
+        raise ConfigError(_NO_EXAMPLE)
+    if folder is None:
+        return
+    for suffix in formats:
+        if (target := folder / f"model{suffix}").is_dir():
+            raise ConfigError(
+                f"dirpath: {os.fspath(target)!r} is a folder, and the name of a file to write. Give another dirpath."
+            )
+        check_folder(folder, "dirpath")
+
+
 def write_files(
     model: nn.Module,
     folder: Path,
@@ -216,7 +244,7 @@ def write_files(
         ConfigError | ParityError | OSError: the first failure, when all have been tried; warns of further ones.
     """
     if formats and example is None:
-        raise ConfigError("export: needs example_input, because the forward could not be recorded from the training data.")
+        raise ConfigError(_NO_EXAMPLE)
     failed: list[Exception] = []
     done: list[Exported] = []
     for suffix, options in formats.items():

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of, replace_module, set_mode
 from lightning_quant.direct import carried
 from lightning_quant.integer import IntegerLayer, Rounding
@@ -30,14 +29,6 @@ from lightning_quant.operators import integer_type
 from lightning_quant.quantizers import Grid
 
 DIALECTS = ("lightning_quant", "quantized_decomposed")
-
-
-def check_dialect(dialect: Any, suffix: str) -> None:
-    """Raise a ConfigError unless a file of this suffix can be written in this dialect."""
-    if dialect not in DIALECTS:
-        raise ConfigError(f"dialect: {dialect!r} is not one of {', '.join(DIALECTS)}.")
-    if dialect != DIALECTS[0] and suffix != ".pt2":
-        raise ConfigError(f"dialect: {dialect!r} is one of .pt2 files; path ends in {suffix}.")
 
 
 def _operators() -> Any:

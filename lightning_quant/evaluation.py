@@ -51,6 +51,11 @@ class LastBatch:
             self._handle.remove()
         self._handle = None
 
+    def forget(self) -> None:
+        """Watch no longer, and keep nothing."""
+        self.leave()
+        self._seen = None
+
     def like(self, example: Any) -> Any:
         """What was kept, if a call with it is one like that of `example` but for the number of samples; else `example`."""
         if self._seen is None or example is None:
@@ -62,7 +67,10 @@ class LastBatch:
 def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and one.dim() == other.dim() and one.shape[1:] == other.shape[1:] and one.numel() > 0
-    return type(one) is type(other) and bool(one == other)
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # noqa: BLE001  (arrays have no single answer; what else a user's class does is not known)
+        return False
 
 
 class EvaluatesAsShipped(ManyProcesses):

@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_quant.config import ConfigError
+from lightning_quant.files import as_path
 from lightning_quant.onnx_notes import APART, NOTE, module_of, require
 from lightning_quant.runtime import optimized_graph
 from lightning_quant.tables import html_table, text_table
@@ -67,8 +67,11 @@ class ExecutionReport:
         text = f"{number - len(slow)} of {number} products run in int8, {self.int8_share:.1%} of the multiply-adds"
         if unknown := sum(not node.multiply_adds for node in self.products):
             text += f" (without {unknown} whose shape is not known)"
-        names = ", ".join(dict.fromkeys(f"{node.module or 'the model'} ({node.reason})" for node in slow[:3]))
-        more = f" and {len(slow) - 3} more" if len(slow) > 3 else ""
+        reasons: dict[str, dict[str, None]] = {}
+        for node in slow:
+            reasons.setdefault(node.module or "the model", {})[node.reason] = None
+        names = ", ".join(f"{name} ({'; '.join(why)})" for name, why in list(reasons.items())[:3])
+        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         return f"{text}; in float: {names}{more}" if slow else text
 
     def __str__(self) -> str:
@@ -146,7 +149,7 @@ def execution_report(path: str | os.PathLike[str]) -> ExecutionReport:
     Raises:
         ConfigError: for a file of another origin, or none.
     """
-    source = Path(path)
+    source = as_path(path)
     (onnx,) = require("onnx")
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
@@ -170,7 +173,7 @@ def _nodes(written: Any, run: Any, work: Mapping[str, int]) -> list[NodeRun]:
                 kernels[origin] = node.op_type
         elif node.op_type not in (*_PLUMBING, *_SILENT) and not (node.name.endswith(APART) or sizes.issuperset(node.output)):
             integer = node.op_type.startswith("QLinear") or (node.op_type in _CARRIERS and node.input[0] in integers)
-            reason, remedy = ("", "") if integer else _why_float(node.op_type)
+            reason, remedy = ("", "") if integer else files.mixed(node) or _why_float(node.op_type)
             name, place = module_of(node.name) if "/" in node.name else "", files.place(node)
             found.append((place, NodeRun(module=name, operator=node.op_type, integer=integer, reason=reason, remedy=remedy)))
     for name, number in work.items():  # one that is not found by its name has been fused into, or named as, something in float
@@ -284,7 +287,26 @@ class _Graph:
         if "QuantizeLinear" not in behind:
             why = f"behind it stands {behind}, not a grid" if behind else "its output is float"
             return why, "add '_output_' to its target_names"
+        if mixed := self.mixed(node):
+            return mixed
         return "its module computes in float on rounded tensors", "profile='onnxruntime', if the file was written with another"
+
+    def mixed(self, node: Any) -> tuple[str, str] | None:
+        """Reason and remedy where all that a node reads and makes is on grids, of signed integers.
+
+        onnxruntime makes them unsigned on CPUs like these, where one operator alone reads them; then types differ.
+        """
+        (onnx,) = require("onnx")
+        here = self.nodes.get(re.sub(r"_token_\d+$", "", node.name))
+        if here is None or here.op_type not in (*_WITH_KERNEL, "Conv"):
+            return None
+        behind = self.readers.get(here.output[0], [])
+        ends = [*(self._source(name) for name in here.input if name not in self.stored), *behind]
+        if not behind or any(one is None or one.op_type not in ("DequantizeLinear", "QuantizeLinear") for one in ends):
+            return None
+        if not any(self.stored.get(one.input[2]) == onnx.TensorProto.INT8 for one in behind):
+            return None
+        return "onnxruntime leaves signed activations that two operators read, and makes the others unsigned", "leave out signed"
 
     def _wide(self, maker: Any) -> bool:
         """Whether a DequantizeLinear reads integers of 16 bits."""

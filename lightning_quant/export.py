@@ -6,37 +6,46 @@ A file is written beside its target and takes its place when its check has passe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
-from lightning_quant.dialects import DIALECTS, check_dialect, in_quantized_decomposed, without_pairs
+from lightning_quant.convert import for_files, in_float32
+from lightning_quant.dialects import DIALECTS, in_quantized_decomposed, without_pairs
 from lightning_quant.execution import ExecutionReport, execution_report
-from lightning_quant.files import written
-from lightning_quant.formats import FORMATS, WEIGHTS, Profile, check_format, run_onnx, style_of
+from lightning_quant.files import as_path, check_target, written
+from lightning_quant.formats import FORMATS, WEIGHTS, Profile, Run, check_format, style_of
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.loading import load_deployed, write_numbers
+from lightning_quant.onnx_notes import notes_in
+from lightning_quant.options import OPTIONS, check_options, export_options
 from lightning_quant.parity import (
     LayerParity,
+    OutputParity,
     ParityError,
     ParityReport,
     call_watched,
     layer_parity,
     merged,
+    outputs_of,
     outputs_parity,
+    raise_if_wrong,
     raise_unless,
+    unsigned,
+    wrong_integers,
 )
 from lightning_quant.prepare import prepared_groups, simulated
-from lightning_quant.program import only_integers_meet_grids, program_of, steps_of, taps_of
+from lightning_quant.program import INTEGERS, only_integers_meet_grids, outputs_have_steps, program_of, steps_of, taps_of
 from lightning_quant.record import copied, moved, split_example, undisturbed
 from lightning_quant.runtime import EXACT_SUMS, onnxruntime_session
 from lightning_quant.targets import on_tensors, tensors_in
@@ -56,37 +65,11 @@ __all__ = [
 ]
 
 
-# -- options --------------------------------------------------------------------------------------------------------
-
-
-def export_options(export: Any) -> dict[str, dict[str, Any]]:
-    """Options of `export_model` by suffix, from what the callback's `export` may be.
-
-    Raises:
-        ConfigError: for anything else, an unknown suffix or an unknown option.
-    """
-    if export is None:
-        return {}
-    if isinstance(export, str):
-        export = [export]
-    if not isinstance(export, Mapping | Sequence):
-        raise ConfigError(f"export: expected None, a suffix, a list of suffixes or a dict suffix -> options, got {export!r}.")
-    wrong = isinstance(export, Mapping) and any(not isinstance(given, Mapping | None) for given in export.values())
-    if wrong:
-        raise ConfigError(f"export: expected a dict of options for each suffix, got {export!r}.")
-    options = {s: dict(given or {}) for s, given in export.items()} if isinstance(export, Mapping) else {s: {} for s in export}
-    for suffix, given in options.items():
-        check_format(suffix, "export")
-        for key in given:
-            if key not in OPTIONS:
-                raise ConfigError(f"export[{suffix!r}]: unknown option {key!r}; allowed: {', '.join(OPTIONS)}.")
-    return options
-
-
 # -- export and its check -------------------------------------------------------------------------------------------------
 
 
 _PAIR, _FEW = "file, deployed", 32
+_KERNELS = "onnxruntime"  # the profile whose files run integer layers on integer kernels here
 
 
 def _few(example: Any) -> Any:
@@ -111,41 +94,69 @@ class _Comparison:
     program: torch.export.ExportedProgram
     free: bool
     exact: bool  # whether a runtime can only agree
+    kernels: bool = True  # whether it runs integer layers on integer kernels, not in float
 
-    def __call__(self, example: Any, prepared: nn.Module | None = None) -> ParityReport:
-        """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed)."""
-        taps, steps = taps_of(self.program), steps_of(self.program)
-        run = FORMATS[self.path.suffix][1]
-        wanted = _call(self.deployed, example)
-        outputs = outputs_parity(_PAIR, run(self.path)(copied(example))[0], wanted, steps)
+    def __call__(
+        self, example: Any, prepared: nn.Module | None = None, *, as_given: Any = None, exact_sums: bool = True
+    ) -> ParityReport:
+        """Compare outputs on the whole example, integers on its first samples (all of them, if the batch size is fixed).
+
+        `as_given`: the example in the dtypes that the prepared model takes.
+        """
+        steps, more = steps_of(self.program), {} if exact_sums else {"exact_sums": False}
+        run = functools.partial(FORMATS[self.path.suffix][1], self.path, **more)
+        wanted = outputs_of(self.deployed, example)
+        outputs = outputs_parity(_PAIR, run()(copied(example))[0], wanted, steps)
         if prepared is not None:
             with undisturbed(prepared):
-                outputs += outputs_parity("deployed, prepared in eval", wanted, _call(prepared, example), steps)
+                outputs += outputs_parity("deployed, prepared in eval", wanted, outputs_of(prepared, as_given), steps)
                 with simulated(prepared):
-                    outputs += outputs_parity("deployed, fake-quantized", wanted, _call(prepared, example), steps)
-        layers: list[LayerParity] = []
-        if taps:
-            few = _few(example) if self.free else example
-            _, made = call_watched(self.deployed, few)
-            if len(made) <= max(tap.place for tap in taps):  # the exporter may drop what is not used
-                _, made = call_watched(self.program.module(), few)
-            _, found = run(self.path, taps)(copied(few))
-            for tap, integers in zip(taps, found, strict=True):
-                expected = made[tap.place]
-                if integers is not None and expected is not None:
-                    layers.append(layer_parity(tap, integers, expected))
-        return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs))
+                    outputs += outputs_parity("deployed, fake-quantized", wanted, outputs_of(prepared, as_given), steps)
+        layers, own = self._layers(run, _few(example) if self.free else example) if taps_of(self.program) else ([], [])
+        return ParityReport(file=self.name, layers=tuple(layers), outputs=tuple(outputs), own=tuple(own))
+
+    def _layers(self, run: Callable[..., Run], few: Any) -> tuple[list[LayerParity], list[OutputParity]]:
+        """Each layer from the start of the model, and by itself: of what the file's layers before it made."""
+        taps, model = taps_of(self.program), self.deployed
+        _, made = call_watched(model, few)
+        if len(made) <= max(tap.place for tap in taps):  # the exporter may drop what is not used
+            model = self.program.module()
+            _, made = call_watched(model, few)
+        outputs, found = run(taps)(copied(few))
+        there = [(tap, q) for tap, q in zip(taps, found, strict=True) if q is not None and made[tap.place] is not None]
+        exact = {tap.place for tap, q in there if tap.exact and self.kernels and q.dtype in INTEGERS}
+        own, wrong = wrong_integers(model, few, {tap.place: unsigned(q) for tap, q in there}, exact)
+        layers = [replace(layer_parity(tap, q, cast(Tensor, made[tap.place])), wrong=wrong[tap.place]) for tap, q in there]
+        return layers, outputs_parity(_PAIR, outputs, own, steps_of(self.program))
 
     def raise_unless(self, report: ParityReport, atol: float | None, min_equal: float | None, why: str) -> None:
         allowed = atol if atol is not None else (1e-4 if self.exact else 5e-2)
         least = min_equal if min_equal is not None else (1.0 if self.exact and atol is None else 0.0)
         raise_unless(report, target=self.name, pair=_PAIR, atol=allowed, min_equal=least, why=why)
+        if atol is None and min_equal is None:
+            raise_if_wrong(report, target=self.name, atol=5e-2 if outputs_have_steps(self.program) else 1e-4, why=why)
 
 
-def _call(model: nn.Module, example: Any) -> list[Tensor]:
-    args, kwargs = split_example(copied(example))  # a forward may write to what it is given
-    with torch.no_grad():
-        return list(tensors_in(model(*args, **kwargs)))
+def _called(model: nn.Module, example: Any, place: str) -> list[Tensor]:
+    """The outputs of a call.
+
+    Raises:
+        ConfigError: if `example`, which `place` names, is nothing that the model can be called with.
+    """
+    kind, found = type(model).__name__, type(example).__name__
+    forms = "a tensor, a tuple of positional arguments, a dict of keyword arguments or (tuple, dict)"
+    if next(tensors_in(split_example(example)), None) is None:
+        raise ConfigError(f"{place}: no tensor in it, but a {found}; give what the model is called with: {forms}.")
+    try:
+        return outputs_of(model, example)
+    except ConfigError:  # a forward of the user's that says what it wants
+        raise
+    except Exception as error:
+        hint = " Of a loader's lists give the inputs alone: ((images,) for images, _ in loader)." if found == "list" else ""
+        raise ConfigError(
+            f"{place}: the forward of {kind} fails on this {found}: {str(error).rstrip('.')}. "
+            f"Give what the model is called with: {forms}.{hint}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +169,8 @@ class Exported:
 
     def summary(self) -> str:
         """One line."""
-        first = self.parity.summary() or "every number comes back bit for bit"
+        numbers = "every number and output comes back" if self.parity.outputs else "every number comes back"
+        first = f"{numbers} bit for bit" if self.path.suffix == WEIGHTS else self.parity.summary()
         return first if self.execution is None else f"{first}; {self.execution.summary()}"
 
 
@@ -193,17 +205,23 @@ def export_model(
         path: where to; folders are made.
         example_input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or (tuple, dict). Its
             outputs are compared, and the integers of its first 32 samples in every layer; give real data, as much as you like.
+            An `.onnx` file takes and computes float32: what is of another floating dtype, of the model, too, is made so.
         dynamic_batch: leave dimension 0 free on every input that shares the length of the first one's.
-        dynamic_size: leave dimensions 2 and up free on every input: height and width, or length.
+        dynamic_size: leave dimensions 2 and up free on every input: height and width of (N, C, H, W), the length of (N, C, L).
+            Of (N, T, D) that is D, which a linear layer fixes: T cannot be left free.
         atol: allowed difference of any output, relative to its largest finite absolute value. None: 1e-4 where every
             quantized tensor comes from integers (or is an input), so that a runtime can only agree; 5e-2 where a float
             operator stands before a quantizer, whose last bit may tip a value to the next level, or where `dialect` is given.
-        min_equal: the least share of equal integers in any layer. None: 1.0 where atol's None means 1e-4, else 0.
+        min_equal: the least share of equal integers in any layer. None: 1.0 where atol's None means 1e-4. Elsewhere, unless atol
+            is given, each layer by itself must be right: its integers are those that the deployed model makes of the file's own
+            before them, but for values within 1e-2 of a level of a tie (2 % others, where a comparison or a rounding without
+            integers comes before them), and outputs are within 1e-4 of what it makes of them.
         min_int8_share: `.onnx`: the least share of multiply-adds that onnxruntime runs in int8.
         profile: `.onnx`: the runtime that it is for. "onnxruntime": unsigned activations, activation functions that saturation
             does not do as Clip of integers. "openvino": the same with Relu and Clip of floats, no INT4. "tensorrt": as that,
             activations signed with zero point 0 (the model must be trained so), float biases.
         signed: `.onnx`: activations as int8, zero points moved by 128 (the integers' meaning stays); None: as the profile has it.
+            onnxruntime itself then runs layers in float whose input or output two operators read (an addition's, say).
         reduce_range: check that no weight needs more than 7 bits, so that sums do not saturate on CPUs without VNNI, and that
             onnxruntime's default kernels agree here. Nothing is rounded anew: train with quant_dtype 'int7' for weights.
         metadata: `.onnx`: further metadata, keys without the prefix `lightning_quant.`.
@@ -214,14 +232,12 @@ def export_model(
         The path.
 
     Raises:
-        ConfigError: unknown suffix, missing package, a forward that cannot be exported, a choice that the model rules out.
+        ConfigError: unknown suffix, missing package, a wrong option, a forward that cannot be exported, a choice that the model
+            rules out, a place that cannot be written to.
         ParityError: the file computes something else, or less in int8 than asked for; the target is as it was before.
     """
     options = {key: value for key, value in locals().items() if key not in ("deployed", "path")}
     return export_with_reports(deployed, path, **options).path
-
-
-OPTIONS = tuple(inspect.signature(export_model).parameters)[2:]
 
 
 def export_with_reports(
@@ -231,8 +247,12 @@ def export_with_reports(
 
     `prepared`: as in `check_parity`; reported, not bounded. Not for `.pt`.
     """
+    target = as_path(path)
+    check_format(target.suffix, f"path {os.fspath(path)!r}")
+    check_options(target.suffix, options)
+    check_target(target)
     given = {name: one.default for name, one in inspect.signature(export_model).parameters.items() if name in OPTIONS} | options
-    return _export(deployed, Path(path), prepared, **given)
+    return _export(deployed, target, prepared, **given)
 
 
 def _export(
@@ -252,19 +272,15 @@ def _export(
     metadata: Mapping[str, str] | None,
     dialect: str,
 ) -> Exported:
-    check_format(target.suffix, f"path {os.fspath(target)!r}")
-    if any(module.training for module in deployed.modules()):
-        raise ConfigError(
-            f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
-        )
-    check_dialect(dialect, target.suffix)
-    given: dict[str, Any] = {"min_int8_share": min_int8_share, "signed": signed, "metadata": metadata}
-    given["profile"] = None if profile == "onnxruntime" else profile
-    if target.suffix != ".onnx" and (named := [name for name, value in given.items() if value is not None]):
-        raise ConfigError(f"{', '.join(named)}: for .onnx files alone, not for {target.suffix}.")
+    _check_model(deployed, target.suffix)
     if reduce_range:
         _check_range(deployed)
-    example = moved(example_input, "cpu")
+    given_as = moved(example_input, "cpu")
+    if example_input is not None:
+        _check_numbers(given_as, "example_input")
+    deployed, example = _as_written(deployed, given_as, target.suffix)
+    if example is not None:
+        _called(deployed, example, "example_input")
     if target.suffix == WEIGHTS:
         with written(target) as beside:
             report = write_numbers(deployed, beside, target, example)
@@ -281,12 +297,20 @@ def _export(
     notes = {"package": _version(), "torch": torch.__version__, "profile": profile, **(metadata or {})}
     with written(target) as beside:
         FORMATS[target.suffix][0](program, beside, style=style, notes=notes)
-        compare = _Comparison(path=beside, name=target.name, deployed=deployed, program=program, free=dynamic_batch, exact=exact)
-        report = compare(example, prepared)
+        compare = _Comparison(
+            path=beside,
+            name=target.name,
+            deployed=deployed,
+            program=program,
+            free=dynamic_batch,
+            exact=exact,
+            kernels=profile == _KERNELS,
+        )
+        report = compare(example, prepared, as_given=given_as)
         compare.raise_unless(report, atol, min_equal, f"nothing was written to {target}")
         execution = None
         if target.suffix == ".onnx":
-            _check_default_kernels(beside, target, _call(deployed, example), example, compare, atol, reduce_range)
+            _check_default_kernels(compare, target, example, (atol, min_equal), reduce_range)
             execution = replace(execution_report(beside), file=target.name)
             if min_int8_share is not None and not execution.keeps(min_int8_share):
                 raise ParityError(
@@ -294,6 +318,50 @@ def _export(
                     f"the {min_int8_share:.1%} of min_int8_share; nothing was written to {target}. {execution.summary()}."
                 )
     return Exported(path=target, parity=report, execution=execution)
+
+
+def _check_model(deployed: Any, suffix: str) -> None:
+    """Raise a ConfigError unless `deployed` is a module that is ready to be shipped."""
+    if not isinstance(deployed, nn.Module):
+        raise ConfigError(f"deployed: expected a module, got {deployed!r}; give what convert_model returned.")
+    if prepared_groups(deployed):
+        raise ConfigError(
+            f"{type(deployed).__name__} is prepared, which is for training; export what convert_model(model) returns."
+        )
+    if any(module.training for module in deployed.modules()):
+        raise ConfigError(
+            f"{type(deployed).__name__} is in train mode; export what convert_model returned, or call eval() first."
+        )
+    devices = {str(tensor.device) for tensor in (*deployed.parameters(), *deployed.buffers())}
+    wrong = sorted(device for device in devices if device == "meta" or (device != "cpu" and suffix != WEIGHTS))
+    if wrong:
+        raise ConfigError(
+            f"{type(deployed).__name__} is on {', '.join(wrong)}; "
+            + (
+                "there are no numbers to write."
+                if "meta" in wrong
+                else "files are made and checked on the CPU: give deployed.cpu()."
+            )
+        )
+
+
+def _check_numbers(example: Any, name: str) -> None:
+    """Raise a ConfigError where a tensor holds NaN: no grid has it, and a runtime's rounding of it is its own."""
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(split_example(example))):
+        raise ConfigError(
+            f"{name}: there is NaN in it, for which no integer stands: the deployed model passes it on, a file makes numbers of "
+            "it. Give real data."
+        )
+
+
+def _as_written(deployed: nn.Module, example: Any, suffix: str) -> tuple[nn.Module, Any]:
+    """(the model, what it is called with) as a file of this suffix has them: `.onnx` files compute in float32."""
+    if suffix == ".pt2":
+        return deployed, example
+    model = for_files(deployed)
+    if suffix != ".onnx":
+        return model, example
+    return in_float32(model), on_tensors(lambda x: x.float() if x.is_floating_point() else x, example)
 
 
 def check_parity(
@@ -320,7 +388,56 @@ def check_parity(
         ConfigError: the file is missing, damaged, of no format that can be compared, or of another model; no batch.
         ParityError: a bound is not kept.
     """
-    source = Path(path)
+    source = _comparable(path)
+    _check_model(deployed, source.suffix)
+    bounds = {"atol": atol, "min_equal": min_equal, "dynamic_batch": dynamic_batch}
+    check_options(source.suffix, bounds)
+    if prepared is not None and not prepared_groups(prepared):
+        raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
+    if isinstance(batches, Tensor | str | Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(f"batches: expected a list of example inputs, or another iterable, got a {type(batches).__name__}.")
+    reports: list[ParityReport] = []
+    compare: _Comparison | None = None
+    for number, batch in enumerate(batches):
+        as_given = moved(batch, "cpu")
+        _check_numbers(as_given, f"batches[{number}]")
+        deployed, example = _as_written(deployed, as_given, source.suffix)
+        _called(deployed, example, f"batches[{number}]")
+        if compare is None:
+            if prepared is not None:
+                with undisturbed(prepared):
+                    _called(prepared, as_given, "prepared, called with batches[0]")
+            program = program_of(deployed, example, dynamic_batch)
+            compare = _Comparison(
+                path=source,
+                name=source.name,
+                deployed=deployed,
+                program=program,
+                free=dynamic_batch,
+                exact=only_integers_meet_grids(program),
+                kernels=source.suffix != ".onnx" or notes_in(source).get("profile") == _KERNELS,
+            )
+        try:
+            reports.append(compare(example, prepared, as_given=as_given))
+        except (ConfigError, ParityError):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"batches[{number}]: {source.name} cannot be run on it: {str(error).rstrip('.')}. A file that was written with "
+                "dynamic_batch=False takes batches of that size alone: give such, and dynamic_batch=False here."
+            ) from error
+    if compare is None:
+        raise ConfigError("batches: there is none; give at least one example input.")
+    if len({tuple((layer.name, layer.value) for layer in report.layers) for report in reports}) != 1:
+        raise ConfigError(f"path {os.fspath(path)!r}: the layers differ from batch to batch; compare with one batch at a time.")
+    report = merged(reports)
+    compare.raise_unless(report, atol, min_equal, "the file was not changed")
+    return report
+
+
+def _comparable(path: Any) -> Path:
+    """The path of a file that is there and can be run; a ConfigError says what else it is."""
+    source = as_path(path)
     check_format(source.suffix, f"path {os.fspath(path)!r}")
     if not source.is_file():
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
@@ -331,39 +448,15 @@ def check_parity(
             onnxruntime_session(source)
         except Exception as error:
             raise ConfigError(f"path {os.fspath(path)!r} is damaged, or no .onnx file: onnxruntime says {error}") from error
-    if prepared is not None and not prepared_groups(prepared):
-        raise ConfigError(f"prepared: {type(prepared).__name__} is not prepared; give what prepare_model changed.")
-    reports: list[ParityReport] = []
-    compare: _Comparison | None = None
-    for batch in batches:
-        example = moved(batch, "cpu")
-        if compare is None:
-            program = program_of(deployed, example, dynamic_batch)
-            compare = _Comparison(
-                path=source,
-                name=source.name,
-                deployed=deployed,
-                program=program,
-                free=dynamic_batch,
-                exact=only_integers_meet_grids(program),
-            )
-        reports.append(compare(example, prepared))
-    if compare is None:
-        raise ConfigError("batches: there is none; give at least one example input.")
-    if len({tuple((layer.name, layer.value) for layer in report.layers) for report in reports}) != 1:
-        raise ConfigError(f"path {os.fspath(path)!r}: the layers differ from batch to batch; compare with one batch at a time.")
-    report = merged(reports)
-    compare.raise_unless(report, atol, min_equal, "the file was not changed")
-    return report
+    return source
 
 
 def _check_default_kernels(
-    path: Path, target: Path, wanted: list[Tensor], example: Any, compare: _Comparison, atol: float | None, must: bool
+    compare: _Comparison, target: Path, example: Any, bounds: tuple[float | None, float | None], must: bool
 ) -> None:
     """Where onnxruntime's default kernels saturate and differ: an error if the caller ruled that out, else a warning."""
-    outputs = outputs_parity(_PAIR, run_onnx(path, exact_sums=False)(copied(example))[0], wanted, [])
     try:
-        compare.raise_unless(ParityReport(file=target.name, layers=(), outputs=tuple(outputs)), atol, None, "")
+        compare.raise_unless(compare(example, exact_sums=False), *bounds, "")
     except ParityError as error:
         text = (
             f"onnxruntime's default int8 kernels saturate on this CPU (it has no VNNI) and give other results for {target.name}"

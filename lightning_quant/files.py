@@ -17,6 +17,7 @@ import pickle
 import platform
 import re
 import secrets
+import tempfile
 import time
 import warnings
 import zipfile
@@ -30,9 +31,62 @@ from lightning_quant.config import ConfigError
 
 _MARK = "lightning_quant"  # in a .pt2 file, beside the program
 _FORMAT = 1
-_FOREIGN_AGE = 24 * 3600  # seconds after which another machine's unfinished file counts as left behind
+_FOREIGN_AGE = 24 * 3600  # seconds after which any unfinished file counts as left behind
+
+
+def as_path(path: Any) -> Path:
+    """`path` as a Path.
+
+    Raises:
+        ConfigError: if it is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"path: expected a str or a pathlib.Path, got {path!r}.")
+    return Path(path)
+
 
 # -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def checked_folder(dirpath: Any) -> Any:
+    """`dirpath`, if it is None or may be the path of a folder.
+
+    Raises:
+        ConfigError: if it is no path, or a file has this name.
+    """
+    if not isinstance(dirpath, str | os.PathLike | None):
+        raise ConfigError(f"dirpath: expected None, a str or a pathlib.Path, got {dirpath!r}.")
+    if dirpath and Path(dirpath).is_file():
+        raise ConfigError(f"dirpath: {os.fspath(dirpath)!r} is a file; give a folder.")
+    return dirpath
+
+
+def check_folder(folder: Path, place: str) -> None:
+    """Make a folder, if it is not there, and try to write to it; nothing is left of that.
+
+    Raises:
+        ConfigError: with `place` in front, if the folder cannot be made or nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{place} cannot be written: {os.fspath(folder)!r} is no folder that can be written to ({error.strerror}). "
+            "Give another place."
+        ) from error
+
+
+def check_target(target: Path, name: str = "path") -> None:
+    """The same for the folder of a file that is to be written; `name` is the argument's.
+
+    Raises:
+        ConfigError: as above, or if a folder has the file's name.
+    """
+    if target.is_dir():
+        raise ConfigError(f"{name} {os.fspath(target)!r} is a folder; give the name of a file in it.")
+    check_folder(target.resolve().parent, f"{name} {os.fspath(target)!r}")
 
 
 def _host() -> str:
@@ -40,9 +94,11 @@ def _host() -> str:
 
 
 def _is_left_behind(path: Path, host: str, process: int) -> bool:
-    """Whether the writer of an unfinished file is gone; on another machine, by the age of what it left."""
-    if host != _host():
-        return time.time() - path.stat().st_mtime > _FOREIGN_AGE
+    """Whether the writer of an unfinished file is gone: by its number, or by the age of what it left."""
+    if time.time() - path.stat().st_mtime > _FOREIGN_AGE:  # its number may be another process's by now
+        return True
+    if host != _host() or os.name == "nt":  # where signal 0 ends a process
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -69,6 +125,7 @@ def written(target: Path) -> Iterator[Path]:
     Raises:
         OSError: what the disk says; the target is as it was, and nothing is beside it.
     """
+    target = target.resolve()  # the file that a link points to, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear(target)
     beside = target.with_name(f".{target.stem}~{_host()}~{os.getpid()}~{secrets.token_hex(4)}{target.suffix}")

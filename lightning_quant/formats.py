@@ -81,7 +81,7 @@ WEIGHTS = ".pt"  # numbers and a manifest; see loading.py
 # -- files for one runtime and another --
 
 Profile = Literal["onnxruntime", "openvino", "tensorrt"]
-_PROFILES = {
+PROFILES = {
     "onnxruntime": Style(packed=True),
     "openvino": Style(float_clips=True),
     "tensorrt": Style(signed=True, float_clips=True, float_biases=True),
@@ -94,9 +94,9 @@ def style_of(profile: str, signed: bool | None, program: torch.export.ExportedPr
     Raises:
         ConfigError: if the profile is unknown, or the program's grids are none that its runtime knows.
     """
-    if profile not in _PROFILES:
-        raise ConfigError(f"profile: expected one of {', '.join(map(repr, _PROFILES))}, got {profile!r}.")
-    style = _PROFILES[profile]
+    if profile not in PROFILES:
+        raise ConfigError(f"profile: expected one of {', '.join(map(repr, PROFILES))}, got {profile!r}.")
+    style = PROFILES[profile]
     if signed is not None:
         style = replace(style, signed=signed)
     shifted = [layer for layer, zero, middle in zero_points_of(program) if zero != middle]

@@ -33,6 +33,7 @@ from lightning_quant.sites import SHARED, Operator, Site
 from lightning_quant.wrapped import QuantizedModule
 
 Key = tuple[str, Any, int]
+LAYERS = (IntegerLayer, PartlyIntegerLayer, ActivatedLayer, QuantizedModule)
 # -- names of the float net, in the deployed one ----------------------------------------------------------------------
 
 

@@ -17,15 +17,19 @@ from typing import Any
 import torch
 
 from lightning_quant.config import ConfigError
+from lightning_quant.onnx_forms import look_up_integers, pool_for_mean, turn_keys
 from lightning_quant.onnx_notes import (
     APART,
     CLASSES,
     NOTE,
     PRODUCTS,
     give_name,
+    innermost,
     input_grids,
     last_of,
+    name_batch,
     np_info,
+    output_names,
     require,
     sizes_of,
     work_of,
@@ -60,17 +64,19 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, 
             dynamo=True,
             opset_version=OPSET,
             input_names=names,
-            output_names=["output"] if len(program.graph_signature.user_outputs) == 1 else None,
+            output_names=output_names(program),
             custom_translation_table=_onnx_translations(style),
             verbose=False,
         )
     assert exported is not None
     graph = exported.model.graph
     _tidy(graph)
-    for finish in (passes.RemoveUnusedNodesPass(), passes.ShapeInferencePass()):
-        finish(exported.model)
+    passes.RemoveUnusedNodesPass()(exported.model)
+    if not any(node.op_type in ("Loop", "If", "Scan") for node in graph):  # of what is inside these it infers other types
+        passes.ShapeInferencePass()(exported.model)
     if style.packed:
         _pack(graph)
+    name_batch(graph)
     exported.model.metadata_props.update({f"{NOTE}{key}": value for key, value in notes.items()})
     exported.model.metadata_props[f"{NOTE}multiply_adds"] = json.dumps(work_of(graph, sizes_of(graph, program)))
     exported.model.metadata_props[f"{NOTE}inputs"] = json.dumps(input_grids(graph))
@@ -87,10 +93,10 @@ def _tidy(graph: Any) -> None:
     rounding = (n for n in graph if n.op_type in ("QuantizeLinear", "DequantizeLinear") and not n.inputs[0].is_initializer())
     taken = {node.inputs[2].name for node in rounding}  # a weight's zero point must not be an activation's, either
     for node in list(graph):
-        _pool_for_mean(graph, node)
-        _look_up_integers(graph, node)
+        pool_for_mean(graph, node)
+        look_up_integers(graph, node)
         _stay_on_grid(graph, node)
-        _turn_keys(graph, node)
+        turn_keys(graph, node)
     for node in list(graph):
         if node.op_type == "Clip" and (_is_needless(node) or _is_cut(node)):
             node.outputs[0].replace_all_uses_with(node.inputs[0])
@@ -99,10 +105,13 @@ def _tidy(graph: Any) -> None:
     names: dict[str, int] = {}
     for node in list(graph):
         give_name(node, names)
+    barriers: dict[str, int] = {}
     for node in list(graph):
         if uses := _apart(node):
             value = uses[0][0].inputs[uses[0][1]]
-            barrier = ir.node("Max", [value], name=f"{value.producer().name}{APART}")  # of one: nothing is fused through it
+            count = barriers[value.producer().name] = barriers.get(value.producer().name, 0) + 1
+            name = f"{value.producer().name}{f'/{count}' if count > 1 else ''}{APART}"
+            barrier = ir.node("Max", [value], name=name)  # of one: nothing is fused through it
             barrier.outputs[0].type, barrier.outputs[0].shape = value.type, value.shape
             graph.insert_after(value.producer(), barrier)
             for user, slot in uses:
@@ -138,42 +147,6 @@ def _pack(graph: Any) -> None:
         del graph.initializers[name]
         wide.outputs[0].name = name
         wide.outputs[0].type, wide.outputs[0].shape = ir.TensorType(ir.DataType.INT8), value.shape
-
-
-def _look_up_integers(graph: Any, node: Any) -> None:
-    """Gather rows of integers and dequantize those, where the exporter dequantizes a whole table at every call."""
-    (ir,) = require("onnx_ir")
-    table = node.inputs[0].producer() if node.op_type == "Gather" else None
-    axis = node.attributes.get("axis")
-    if table is None or table.op_type != "DequantizeLinear" or not table.inputs[0].is_initializer() or (axis and axis.value):
-        return
-    q, scale, zero = table.inputs[0], table.inputs[1], table.inputs[2]
-    indices, rank = node.inputs[1], 0 if scale.shape is None else len(scale.shape)
-    if rank > 1 or q.shape is None or len(q.shape) != 2:
-        return
-    made: list[Any] = []
-
-    def add(kind: str, inputs: Sequence[Any], **attributes: Any) -> Any:
-        made.append(ir.node(kind, inputs, attributes or None))
-        return made[-1].outputs[0]
-
-    if rank == 0:
-        rows = add("DequantizeLinear", [add("Gather", [q, indices], axis=0), scale, zero])
-    else:
-        last = ir.Value(name=f"{node.outputs[0].name}_last", const_value=ir.tensor([-1], dtype=ir.DataType.INT64))
-        graph.register_initializer(last)
-
-        def of_rows(values: Any) -> Any:
-            return add("Unsqueeze", [add("Gather", [values, indices], axis=0), last])
-
-        rows = add("Cast", [add("Gather", [q, indices], axis=0)], to=int(ir.DataType.FLOAT))
-        if zero.const_value is None or zero.const_value.numpy().any():
-            rows = add("Sub", [rows, add("Cast", [of_rows(zero)], to=int(ir.DataType.FLOAT))])
-        rows = add("Mul", [rows, of_rows(scale)])
-    for one in made:
-        one.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, made)
-    _take_place(graph, node, rows)
 
 
 def _is_needless(clip: Any) -> bool:
@@ -257,23 +230,6 @@ def _stay_on_grid(graph: Any, node: Any) -> None:
         user.replace_input_with(slot, back.outputs[0])
 
 
-def _take_place(graph: Any, node: Any, value: Any) -> None:
-    """Let `value` be what `node` made, under its name, and drop the node."""
-    old = node.outputs[0]
-    value.type, value.shape = old.type, old.shape
-    old.replace_all_uses_with(value)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index] = value
-    value.name = old.name
-    inputs = [source for source in node.inputs if source is not None]
-    graph.remove(node, safe=True)
-    for source in inputs:
-        maker = source.producer()
-        if maker is not None and maker.op_type == "DequantizeLinear" and not source.uses():
-            graph.remove(maker, safe=True)
-
-
 def _unmerge(graph: Any, node: Any, taken: set[str]) -> None:
     """Give the DequantizeLinear of a layer's weight a zero point of its own, and a weight, if an equal one was merged with it."""
     (ir,) = require("onnx_ir")
@@ -292,70 +248,6 @@ def _unmerge(graph: Any, node: Any, taken: set[str]) -> None:
             node.replace_input_with(slot, own)
         if slot or multiplied:
             taken.add(value.name)
-
-
-def _pool_for_mean(graph: Any, node: Any) -> None:
-    """GlobalAveragePool for a mean over all but the first two dimensions: runtimes have it on integers, ReduceMean not."""
-    (ir,) = require("onnx_ir")
-    if node.op_type != "ReduceMean" or len(node.inputs) < 2 or node.inputs[1] is None or node.inputs[1].const_value is None:
-        return
-    shape, axes = node.inputs[0].shape, sorted(int(axis) for axis in node.inputs[1].const_value.numpy().ravel())
-    rank = 0 if shape is None else len(shape)
-    if rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
-        return
-    keeps = node.attributes.get("keepdims")
-    pooled = last = ir.node("GlobalAveragePool", [node.inputs[0]])
-    graph.insert_before(node, pooled)
-    if keeps is not None and not keeps.value:
-        wanted = ir.Value(name=f"{node.name}_axes", const_value=ir.tensor(list(range(2, rank)), dtype=ir.DataType.INT64))
-        graph.register_initializer(wanted)
-        last = ir.node("Squeeze", [pooled.outputs[0], wanted])
-        graph.insert_before(node, last)
-    for made in (pooled, last):
-        made.metadata_props.update(node.metadata_props)
-    _take_place(graph, node, last.outputs[0])
-
-
-def _turn_keys(graph: Any, node: Any) -> None:
-    """One Transpose for the keys of attention, where the exporter flattens them, transposes, and reads the old shape again."""
-    (ir,) = require("onnx_ir")
-    turn = node.inputs[0].producer() if node.op_type == "Reshape" else None
-    if turn is None or turn.op_type != "Transpose" or list(turn.attributes["perm"].value) != [0, 2, 1]:  # always written
-        return
-    flat = turn.inputs[0].producer()
-    if flat is None or flat.op_type != "Reshape" or flat.inputs[0].shape is None:
-        return
-    keys, rank = flat.inputs[0], len(flat.inputs[0].shape)
-    rows, columns = [rank - 2], [rank - 1]
-    before, after = (_axes_in(one.inputs[1], keys, rank) for one in (flat, node))
-    if rank < 3 or before != [None, rows, columns] or after != [list(range(rank - 2)), columns, rows]:
-        return
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    turned = ir.node("Transpose", [keys], {"perm": order})
-    turned.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, turned)
-    _take_place(graph, node, turned.outputs[0])
-    turned.outputs[0].shape = ir.Shape([keys.shape[axis] for axis in order])
-
-
-def _axes_in(shape: Any, value: Any, rank: int) -> list[list[int] | None]:
-    """For each part that a shape is put together of: the dimensions of `value` that it holds, None where it is not of those."""
-    maker = shape.producer()
-    return [] if maker is None or maker.op_type != "Concat" else [_axes_of(part, value, rank) for part in maker.inputs]
-
-
-def _axes_of(part: Any, value: Any, rank: int) -> list[int] | None:
-    cut = part.producer()
-    whole = cut.inputs[0].producer() if cut is not None and cut.op_type == "Slice" else None
-    if whole is None or whole.op_type != "Shape" or whole.inputs[0] is not value:
-        return None
-    if "end" in whole.attributes or ("start" in whole.attributes and whole.attributes["start"].value):
-        return None
-    ends = [end.const_value for end in cut.inputs[1:]]
-    if len(ends) not in (2, 3) or any(end is None for end in ends):
-        return None
-    start, end = (int(one.numpy().item()) for one in ends[:2])
-    return list(range(rank))[start:end]
 
 
 _MOVES = ("Concat", "Expand", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -405,7 +297,7 @@ def _quiet_exporter() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except torch.onnx.OnnxExporterError as error:
-        raise ConfigError(f"torch.onnx cannot translate the model: {error.__cause__ or error} Write .pt2, or no file.") from error
+        raise ConfigError(f"torch.onnx cannot translate the model: {innermost(error)} Write .pt2, or no file.") from error
     finally:
         logging.disable(level)
 
@@ -431,6 +323,7 @@ def _onnx_translations(style: Style) -> dict[Callable[..., Any], Callable[..., A
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
         dtype, least, most, shift = grid(high)
+        x = x if x.dtype in (None, 1) else op.Cast(x, to=1)  # float32, as in our operator
         zero, ends = zero_point - shift, (low - shift, high - shift)
         whole = ends == (least, most)
         if not whole and (style.float_clips or dtype.itemsize > 1):

@@ -6,10 +6,13 @@ from __future__ import annotations
 import ast
 import importlib
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from lightning_quant.config import ConfigError
 
@@ -24,8 +27,23 @@ def require(*modules: str) -> list[Any]:
         ) from error
 
 
+def innermost(error: BaseException) -> str:
+    """The reason behind the reasons of an error of torch's exporter, as the start of a sentence, without its pointers to logs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n\n")[0] or type(error).__name__
+    return text if text.endswith((".", "!")) else f"{text}."
+
+
 APART = "/apart"  # ends the names of nodes that do nothing
 NOTE, _SCOPES, CLASSES = "lightning_quant.", "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
+
+
+def notes_in(path: Path) -> dict[str, str]:
+    """What `export_model` noted in a file, without the prefix of its keys."""
+    (onnx,) = require("onnx")
+    props = onnx.load(path, load_external_data=False).metadata_props
+    return {entry.key.removeprefix(NOTE): entry.value for entry in props if entry.key.startswith(NOTE)}
 
 
 def last_of(node: Any, key: str, place: int = -1) -> str:
@@ -44,6 +62,38 @@ def give_name(node: Any, names: dict[str, int]) -> None:
 def module_of(name: str) -> str:
     """The module of a node that `_name` named, also if onnxruntime has added to its name; "" for the model itself."""
     return name.partition("/")[0]
+
+
+def output_names(program: torch.export.ExportedProgram) -> list[str] | None:
+    """`output`, a dict's keys, `output_0` and on, or both joined; None where something else than tensors is returned."""
+    ends = [spec.arg for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
+    spec = program.call_spec.out_spec
+    if spec is None or spec.num_leaves != len(ends) or len({getattr(end, "name", None) for end in ends} - {None}) != len(ends):
+        return None
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(ends)), spec))[0]
+    taken = {node.name for node in program.graph.nodes if node.op != "output"}
+    names: list[str] = []
+    for path, _ in paths:
+        words = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+        name = "_".join(words if words and not words[0].isdigit() else ["output", *words])
+        while name in taken:
+            name += "_output"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def name_batch(graph: Any) -> None:
+    """Call the free first dimension of the inputs `batch`, wherever it counts."""
+    (ir,) = require("onnx_ir")
+    free = [value.shape[0].value for value in graph.inputs if value.shape and not isinstance(value.shape[0], int)]
+    if not free or free[0] is None or not str(free[0]).isidentifier():
+        return
+    symbol = re.compile(rf"\b{free[0]}\b")
+    for value in (*graph.inputs, *(made for node in graph for made in node.outputs)):
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            value.shape = ir.Shape([symbol.sub("batch", dim) if isinstance(dim, str) else dim for dim in dims])
 
 
 def sizes_of(graph: Any, program: torch.export.ExportedProgram) -> dict[str, int]:

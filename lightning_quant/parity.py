@@ -20,7 +20,7 @@ operators between grids differ by their last bit, which may tip an integer in th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class LayerParity:
     """The integers that one layer makes, in the file and in the deployed model.
 
     `name`: of the module or operator; `value`: of the tensor in the file. `values` were compared, `different` of them differ,
-    by `most` and, over all values, by `mean` integers.
+    by `most` and, over all values, by `mean` integers. `wrong`: those that do not follow from the file's own integers before this
+    layer (see `wrong_integers`); `allowed`: the share of those that an honest file may have.
     """
 
     name: str
@@ -55,6 +56,8 @@ class LayerParity:
     different: int
     most: float
     mean: float
+    wrong: int = 0
+    allowed: float = 0.0
 
     @property
     def equal(self) -> float:
@@ -68,7 +71,8 @@ class OutputParity:
 
     `pair`: the two that are compared. `most`, `mean`: of the absolute differences, in steps of the output's grid if it has a
     `step`, else relative to the largest finite absolute value; `relative`: the largest by that value in either case. `classes`:
-    rows of the last dimension whose largest entry was compared, `same` of them agree.
+    rows of classes, dimension 1 of (N, C) and (N, C, H, W), whose largest entry was compared, `same` of them agree; 0 for other
+    shapes.
     """
 
     pair: str
@@ -83,7 +87,7 @@ class OutputParity:
 
     @property
     def agreement(self) -> float | None:
-        """The share of rows with the same largest entry; None where rows have one entry."""
+        """The share of rows with the same largest entry; None where there are no such rows."""
         return self.same / self.classes if self.classes else None
 
 
@@ -91,12 +95,14 @@ class OutputParity:
 class ParityReport:
     """A file compared with the model that it came from; `print(report)` is a table of it, and so is a cell of a notebook.
 
-    `samples`: how many of the batches' samples the layers were compared on (outputs: all of them).
+    `layers` are compared on the first samples alone, `outputs` on all. `own`: the file's outputs against those that the deployed
+    model makes of the file's integers.
     """
 
     file: str
     layers: tuple[LayerParity, ...]
     outputs: tuple[OutputParity, ...]
+    own: tuple[OutputParity, ...] = ()
 
     @property
     def first(self) -> LayerParity | None:
@@ -163,7 +169,7 @@ class ParityReport:
 
 def merged(reports: Sequence[ParityReport]) -> ParityReport:
     """Reports of the same file on several batches, as one."""
-    layers, outputs = [], []
+    layers: list[LayerParity] = []
     for parts in zip(*(report.layers for report in reports), strict=True):
         number = sum(part.values for part in parts)
         layers.append(
@@ -174,9 +180,17 @@ def merged(reports: Sequence[ParityReport]) -> ParityReport:
                 different=sum(part.different for part in parts),
                 most=max(part.most for part in parts),
                 mean=sum(part.mean * part.values for part in parts) / max(number, 1),
+                wrong=sum(part.wrong for part in parts),
+                allowed=parts[0].allowed,
             )
         )
-    for ends in zip(*(report.outputs for report in reports), strict=True):
+    file, outputs, own = reports[0].file, _together([r.outputs for r in reports]), _together([r.own for r in reports])
+    return ParityReport(file=file, layers=tuple(layers), outputs=outputs, own=own)
+
+
+def _together(reports: Sequence[Sequence[OutputParity]]) -> tuple[OutputParity, ...]:
+    outputs: list[OutputParity] = []
+    for ends in zip(*reports, strict=True):
         number = sum(end.values for end in ends)
         outputs.append(
             OutputParity(
@@ -191,24 +205,59 @@ def merged(reports: Sequence[ParityReport]) -> ParityReport:
                 same=sum(end.same for end in ends),
             )
         )
-    return ParityReport(file=reports[0].file, layers=tuple(layers), outputs=tuple(outputs))
+    return tuple(outputs)
 
 
 # -- the integers of a program ----------------------------------------------------------------------------------------------
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects what our operators make, in order; None for what is no tensor of integers."""
+    """Collects what our operators make, in order; None for what is no tensor of integers.
 
-    def __init__(self) -> None:
+    `instead`: integers by place, given back there in the place of those; `wrong` counts, by place, those that the operator would
+    not have made of what it was given.
+    """
+
+    def __init__(self, instead: Mapping[int, Tensor] | None = None, *, exact: Collection[int] = ()) -> None:
         super().__init__()
         self.made: list[Tensor | None] = []
+        self.instead, self.exact = instead or {}, exact
+        self.wrong: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if str(func) in MAKE_INTEGERS:
-            self.made.append(result if result.dtype in INTEGERS else None)
-        return result
+        if str(func) not in MAKE_INTEGERS:
+            return result
+        place, known = len(self.made), result.dtype in INTEGERS
+        self.made.append(result if known else None)
+        given = self.instead.get(place) if known else None
+        if given is None:
+            return result
+        self.wrong[place] = result.numel()
+        if given.shape != result.shape:
+            return result
+        near = (given == result.to(torch.int32)) if place in self.exact else _may_round_to(given, func, args)
+        self.wrong[place] = int(torch.count_nonzero(~near))
+        return given.to(result.dtype)
+
+
+_TIE, _OF_RANGE = 1e-2, 1e-5
+
+
+def _may_round_to(given: Tensor, func: Any, args: Any) -> Tensor:
+    """Where integers are what a call of an operator of ours may round to, ties either way.
+
+    A tie: within `_TIE` of a level of the middle of two, or `_OF_RANGE` of all levels: float32's last bits in 16-bit grids.
+    """
+    if len(args) == 5:  # x, scale, zero point, low, high
+        real, (low, high) = args[0].double() / args[1] + args[2], args[3:5]
+    else:
+        scale, zero, low, high, is_wide = args[-5:]
+        real = func(*args[:-5], None, 0, 0, 0, is_wide).double() / scale + zero
+    room = 0.5 + max(_TIE, _OF_RANGE * (high - low))
+    gap = (given.double() - real.clamp(low, high)).abs()
+    near: Tensor = (gap <= room) | gap.isnan()
+    return near
 
 
 def call_watched(model: nn.Module | Callable[..., Any], example: Any) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -219,22 +268,57 @@ def call_watched(model: nn.Module | Callable[..., Any], example: Any) -> tuple[l
     return outputs, recorder.made
 
 
+def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors that a call without gradients returns."""
+    args, kwargs = split_example(copied(example))  # a forward may write to what it is given
+    with torch.no_grad():
+        return list(tensors_in(model(*args, **kwargs)))
+
+
+def wrong_integers(
+    model: nn.Module | Callable[..., Any], example: Any, found: Mapping[int, Tensor], exact: Collection[int]
+) -> tuple[list[Tensor], dict[int, int]]:
+    """What a model makes of the integers of a file: no layer answers for those before it.
+
+    Args:
+        model: the deployed model; example: what it is called with.
+        found: the file's integers by their places among those that the model makes, moved to an unsigned grid.
+        exact: the places where a runtime can only agree; elsewhere both may round what lies by a tie.
+
+    Returns:
+        (outputs, how many integers at each place do not follow from the file's own before it).
+    """
+    args, kwargs = split_example(copied(example))
+    with torch.no_grad(), _Recorder(found, exact=exact) as recorder:
+        outputs = list(tensors_in(model(*args, **kwargs)))
+    return outputs, recorder.wrong
+
+
 # -- differences --------------------------------------------------------------------------------------------------------------
 
 
+def unsigned(found: Tensor) -> Tensor:
+    """Integers as int32; those of a signed grid in a file are the same as ours, moved by half its levels."""
+    shift = {torch.int8: 2**7, torch.int16: 2**15}.get(found.dtype, 0)
+    return found.to(torch.int32) + shift
+
+
+STEPS_ALLOWED = 0.02  # of a layer's integers, where what makes them jumps
+
+
 def layer_parity(tap: Tap, found: Tensor, wanted: Tensor) -> LayerParity:
-    """Compare integers; those of a signed grid in the file are the same moved by half its levels."""
-    a, b = found.to(torch.int32), wanted.to(torch.int32)
-    if found.dtype in (torch.int8, torch.int16):
-        a = a + (2**7 if found.dtype == torch.int8 else 2**15)
+    """Compare integers; all that differ count as wrong until `wrong_integers` has told which are."""
+    a, b = unsigned(found), wanted.to(torch.int32)
     if a.shape != b.shape:
-        return LayerParity(name=tap.layer, value=tap.value, values=b.numel(), different=b.numel(), most=math.inf, mean=math.inf)
+        number, inf = b.numel(), math.inf
+        return LayerParity(name=tap.layer, value=tap.value, values=number, different=number, most=inf, mean=inf, wrong=number)
     gap = (a - b).abs_()
     return LayerParity(
         name=tap.layer,
         value=tap.value,
         values=gap.numel(),
         different=int(torch.count_nonzero(gap)),
+        allowed=STEPS_ALLOWED if tap.steps else 0.0,
         most=float(gap.max()) if gap.numel() else 0.0,
         mean=float(gap.double().mean()) if gap.numel() else 0.0,
     )
@@ -262,7 +346,7 @@ def output_parity(pair: str, index: int, found: Tensor, wanted: Tensor, step: fl
     largest = max(float(finite.max()), 1e-12) if finite.numel() else 1.0
     most = math.inf if bool(gap.isnan().any()) else float(gap.max()) if gap.numel() else 0.0
     mean = math.inf if math.isinf(most) else float(gap.mean()) if gap.numel() else 0.0
-    rows = b.dim() > 1 and b.shape[-1] > 1 and b.numel() > 0
+    rows = (b.dim() == 2 or b.dim() > 3) and b.shape[1] > 1 and b.numel() > 0  # of (N, A, B) either may be classes
     unit = step or largest
     return OutputParity(
         pair=pair,
@@ -272,8 +356,8 @@ def output_parity(pair: str, index: int, found: Tensor, wanted: Tensor, step: fl
         relative=most / largest,
         step=step,
         values=gap.numel(),
-        classes=b[..., 0].numel() if rows else 0,
-        same=int((a.argmax(-1) == b.argmax(-1)).sum()) if rows else 0,
+        classes=b.numel() // b.shape[1] if rows else 0,
+        same=int((a.argmax(1) == b.argmax(1)).sum()) if rows else 0,
     )
 
 
@@ -293,9 +377,7 @@ def raise_unless(report: ParityReport, *, target: str, pair: str, atol: float, m
     """Raise a ParityError that names the first layer that differs, unless the report keeps the bounds."""
     ends = [one for one in report.outputs if one.pair == pair]
     worst = max(ends, key=lambda one: one.relative, default=None)
-    first = report.first
-    place = "" if first is None else f" The first layer that differs is {first.name!r} ({first.different:,} of {first.values:,} "
-    place += "" if first is None else f"integers, by at most {first.most:g})."
+    place = _place(report)
     if worst is not None and not worst.relative <= atol:
         raise ParityError(
             f"{target}: output {worst.index} differs from the deployed model's by {worst.relative:.3g} of its largest value "
@@ -307,3 +389,31 @@ def raise_unless(report: ParityReport, *, target: str, pair: str, atol: float, m
             f"{target}: in layer {short.name!r} only {short.equal:.4%} of the integers equal the deployed model's (at least "
             f"{min_equal:.4%} are asked for); {why}.{place} Lower min_equal only if that is acceptable."
         )
+
+
+def raise_if_wrong(report: ParityReport, *, target: str, atol: float, why: str) -> None:
+    """Raise a ParityError for the first layer, or output, that does not follow from the file's own integers before it."""
+    remedy = "If that is acceptable, give min_equal (the least share of equal integers in any layer) or atol."
+    for layer in report.layers:
+        if layer.wrong > layer.allowed * layer.values:
+            raise ParityError(
+                f"{target}: layer {layer.name!r} computes something else: {layer.wrong:,} of its {layer.values:,} integers do "
+                f"not follow from the file's own before it, ties of rounding aside; {why}.{_place(report)} {remedy}"
+            )
+    worst = max(report.own, key=lambda one: one.relative, default=None)
+    if worst is not None and not worst.relative <= atol:
+        raise ParityError(
+            f"{target}: output {worst.index} differs by {worst.relative:.3g} of its largest value (allowed {atol:g}) from what "
+            f"the deployed model makes of the file's own integers; {why}.{_place(report)} {remedy}"
+        )
+
+
+def _place(report: ParityReport) -> str:
+    """A sentence on the first layer that differs, if one does."""
+    first = report.first
+    if first is None:
+        return ""
+    return (
+        f" The first layer that differs is {first.name!r} ({first.different:,} of {first.values:,} integers, by at most "
+        f"{first.most:g})."
+    )

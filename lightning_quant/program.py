@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import operator
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 import lightning_quant.operators  # noqa: F401  (registers what programs call)
 from lightning_quant.config import ConfigError
+from lightning_quant.integer import Rounding
 from lightning_quant.record import copied, split_example
 from lightning_quant.targets import on_tensors, tensors_in
 
@@ -62,6 +66,12 @@ def program_of(
     if first is None:
         raise ConfigError("example_input: no tensor in it; give what the model is called with.")
     batch = first.shape[0] if first.dim() else -1
+    if dynamic_size and all(tensor.dim() < 3 for tensor in tensors_in((args, kwargs))):
+        found = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in((args, kwargs)))
+        raise ConfigError(
+            f"dynamic_size: it leaves dimensions 2 and up free (height and width, or length, behind batch and channels), and the "
+            f"example input has none: {found}. Leave dynamic_size out."
+        )
     shapes = None
     if dynamic_batch or dynamic_size:
         # By the lengths of the example, before it is cut to two samples: then other inputs may have length 2, too.
@@ -75,6 +85,8 @@ def program_of(
     try:
         with torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except ConfigError:
+        raise
     except torch._dynamo.exc.UserError as error:
         free, option = ("free sizes", "dynamic_size") if dynamic_size else ("a free batch size", "dynamic_batch")
         raise ConfigError(
@@ -118,14 +130,15 @@ _KEEPS_VALUES = frozenset(
 
 def only_integers_meet_grids(program: torch.export.ExportedProgram) -> bool:
     """Whether no float arithmetic stands between one grid and the next."""
-    for node in program.graph.nodes:
-        if str(node.target) in ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default"):
-            source = node.args[0]
-            while source.op == "call_function" and str(source.target).rpartition(".")[0] in _KEEPS_VALUES:
-                source = source.args[0]
-            if source.op != "placeholder" and str(source.target) != "lightning_quant.dequantize.default":
-                return False
-    return True
+    ends = ("lightning_quant.quantize.default", "lightning_quant.round_blocks.default")
+    return all(_from_integers(node.args[0]) for node in program.graph.nodes if str(node.target) in ends)
+
+
+def _from_integers(value: Any) -> bool:
+    """Whether a value is an input of the program or lies on a grid already: nothing computes on it in between."""
+    while value.op == "call_function" and str(value.target).rpartition(".")[0] in _KEEPS_VALUES:
+        value = value.args[0]
+    return value.op == "placeholder" or str(value.target) == "lightning_quant.dequantize.default"
 
 
 # -- its tensors of integers --
@@ -137,11 +150,17 @@ INTEGERS = (torch.uint8, torch.uint16)
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """A tensor of integers inside a program: its place among those that our operators make, its name, its layer."""
+    """A tensor of integers inside a program: its place among those that our operators make, its name, its layer.
+
+    `exact`: it is made of integers, or of an input, by integer arithmetic alone. `steps`: what makes it of the integers before it
+    has steps of its own (a comparison, a rounding without integers), where a last bit may count for much.
+    """
 
     place: int
     value: str
     layer: str
+    exact: bool = True
+    steps: bool = False
 
 
 def taps_of(program: torch.export.ExportedProgram) -> list[Tap]:
@@ -151,8 +170,44 @@ def taps_of(program: torch.export.ExportedProgram) -> list[Tap]:
     for place, node in enumerate(nodes):
         if node.meta["val"].dtype not in INTEGERS or (str(node.target) == _QUANTIZE and _repeats(node)):
             continue
-        taps.append(Tap(place=place, value=node.name, layer=_layer_of(node)))
+        exact = str(node.target) != _QUANTIZE or _from_integers(node.args[0])
+        steps = not exact and has_steps([node.args[0]])
+        taps.append(Tap(place=place, value=node.name, layer=_layer_of(node), exact=exact, steps=steps))
     return taps
+
+
+_STEPS = ("round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "floor_divide", "remainder", "fmod")
+
+
+def has_steps(values: Sequence[Any]) -> bool:
+    """Whether what makes these values, of integers on grids and of inputs, jumps: a last bit of a float may count for much."""
+    seen: set[torch.fx.Node] = set()
+    open_ones = [value for value in values if isinstance(value, torch.fx.Node)]
+    while open_ones:
+        node = open_ones.pop()
+        if node in seen or node.op != "call_function" or str(node.target) in (_DEQUANTIZE, *MAKE_INTEGERS):
+            continue
+        seen.add(node)
+        reads = node.all_input_nodes
+        made = list(tensors_in(node.meta.get("val")))
+        floats = any(one.is_floating_point() for source in reads for one in tensors_in(source.meta.get("val")))
+        name = str(node.target).removeprefix("aten.").partition(".")[0]
+        if (
+            str(node.target) == "lightning_quant.round_blocks.default"
+            or name in _STEPS
+            or not isinstance(node.target, OpOverload)
+        ):
+            if node.target is not operator.getitem:
+                return True
+        elif floats and any(not one.is_floating_point() for one in made):
+            return True
+        open_ones += reads
+    return False
+
+
+def outputs_have_steps(program: torch.export.ExportedProgram) -> bool:
+    """`has_steps` of what the program returns."""
+    return has_steps(list(program.graph.output_node().all_input_nodes))
 
 
 def _repeats(node: torch.fx.Node) -> bool:
@@ -171,9 +226,14 @@ def zero_points_of(program: torch.export.ExportedProgram) -> list[tuple[str, int
     return found
 
 
+_PART = re.compile(r"\.(end|rounds_(in|out)(\.\d+)?)$")
+
+
 def _layer_of(node: torch.fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())
-    return str(stack[-1][0]).partition("@")[0]
+    """The name of the module or operator that a node is of: the plan's, not that of a part of it that rounds."""
+    path, kind = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
+    name = str(path).partition("@")[0]
+    return _PART.sub("", name) if str(kind).rstrip("'>").endswith(f".{Rounding.__name__}") else name
 
 
 def steps_of(program: torch.export.ExportedProgram) -> list[float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,42 @@ def runner(
     wanted = [name for name in outputs if name not in more] + list(more)
 
     def run(example_input: Any) -> tuple[list[Tensor], list[Tensor]]:
-        arrays = [tensor.numpy() for tensor in tensors_in(split_example(example_input))]
-        found = [torch.as_tensor(array) for array in session.run(wanted, dict(zip(feeds, arrays, strict=True)))]
+        arrays = {name: tensor.numpy() for name, tensor in _by_name(example_input, feeds).items()}
+        found = [torch.as_tensor(array) for array in session.run(wanted, arrays)]
         place = len(found) - len(more)
         return found[:place], found[place:]
 
     return run
+
+
+def _by_name(example_input: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of an example input for a file's inputs: keyword arguments by their names, in any order, others in theirs."""
+    args, kwargs = split_example(example_input)
+    given = [("", tensor) for tensor in tensors_in(args)] + [pair for key, value in kwargs.items() for pair in _named(key, value)]
+    known: dict[str, Tensor] = {}
+    rest: list[Tensor] = []
+    for name, tensor in given:
+        if name in names and name not in known:
+            known[name] = tensor
+        else:
+            rest.append(tensor)
+    free = [name for name in names if name not in known]
+    return known | dict(zip(free, rest, strict=True))
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an argument, named as torch.export names inputs: `batch` and its key `ids` make `batch_ids`."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(f"{name}_{key}", item)
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _named(f"{name}_{place}", item)
+    else:
+        for tensor in tensors_in(value):
+            yield "", tensor
 
 
 def made_in(path: Path, names: Collection[str]) -> list[str]:

@@ -99,6 +99,7 @@ def test_what_a_teacher_costs_and_the_interval_of_what_it_gives(capsys: pytest.C
     assert list(distillation.interval([1.0, 2.0, 3.0])) == pytest.approx([2.0, 4.303 / 3**0.5])
 
 
+@pytest.mark.slow
 def test_two_processes_print_what_merging_costs(capsys: pytest.CaptureFixture[str]) -> None:
     ranks.main(["--nets", "mlp", "--rounds", "2"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlp")]

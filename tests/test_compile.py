@@ -101,6 +101,7 @@ def test_training_compiles_to_one_graph_and_trains_as_without(method: str, types
         assert quantizer.state_dict() == pytest.approx(quantizers_of(twin)[name].state_dict(), rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_new_phase_compiles_once() -> None:
     net = prepared()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

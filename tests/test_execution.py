@@ -41,6 +41,13 @@ def test_a_net_that_runs_in_int8(tmp_path: Path) -> None:
     assert 2 * sum(node.multiply_adds for node in report.products) == counter.get_total_flops()
 
 
+def test_a_module_is_named_once_in_the_summary() -> None:
+    whys = [("a", "x"), ("a", "y"), ("a", "x"), ("", "x"), ("b", "x"), ("c", "x")]
+    nodes = [NodeRun(module=module, operator="MatMul", integer=False, product=True, reason=reason) for module, reason in whys]
+    text = ExecutionReport(file="model.onnx", nodes=tuple(nodes)).summary()
+    assert text.endswith("in float: a (x; y), the model (x), b (x) and 1 more")
+
+
 class Branch(nn.Module):
     """A convolution and a linear layer, and what a case puts around them."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from test_convert import CONFIGS, trained
 from test_fusion import prepared
 from test_mnist import optimized_ops, with_integer_outputs, without_repeats
 from torch import Tensor, nn
-from toys import FUSED
+from toys import FUSED, Net
 
 from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, formats, load_deployed
-from lightning_quant.export import onnxruntime_session
+from lightning_quant.convert import set_mode
+from lightning_quant.export import check_parity, export_with_reports, onnxruntime_session
 from lightning_quant.program import only_integers_meet_grids, program_of
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -223,6 +225,88 @@ def test_forms_of_example_input(form: str, suffix: str, tmp_path: Path) -> None:
             assert torch.equal(found["y"], convert_model(net)(*more[0], **more[1])["y"])
 
 
+class Several(nn.Module):
+    """What it returns is as `kind` says; one key is the name of a node of the graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.kind = nn.Linear(6, 5), kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return {"tensor": y, "tuple": (y, x + 1), "dict": {"logits": y, "linear": y + 1, "more": [x - 1]}, "one": {"y": y}}[
+            self.kind
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("tensor", ["output"]),
+        ("tuple", ["output_0", "output_1"]),
+        ("dict", ["logits", "linear_output", "more_0"]),
+        ("one", ["y"]),
+    ],
+)
+def test_outputs_have_the_names_of_their_keys_and_the_batch_its_own(kind: str, names: list[str], tmp_path: Path) -> None:
+    net, x = Several(kind), torch.randn(4, 6)
+    prepared(net, [{"op_types": ["Linear"]}], x).train()(x)
+    exported = export_with_reports(convert_model(net), tmp_path / "model.onnx", example_input=x)
+    graph = onnx.load(exported.path).graph
+    assert [value.name for value in graph.output] == names
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert exported.execution is not None
+    assert exported.execution.products[0].multiply_adds == 30
+
+
+class Keyed(nn.Module):
+    def forward(self, x: Tensor, *, more: dict[str, Tensor], scale: Tensor) -> Tensor:
+        return x * scale + more["b"] - 2 * more["a"]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_keyword_arguments_may_come_in_another_order(suffix: str, tmp_path: Path) -> None:
+    x, scale, a, b = (torch.randn(4, 6) for _ in range(4))
+    net, more, turned = Keyed().eval(), {"a": a, "b": b}, {"b": b, "a": a}
+    path = export_model(net, tmp_path / f"model{suffix}", example_input={"x": x, "more": more, "scale": scale})
+    others: list[Any] = [((x,), {"scale": scale, "more": turned}), {"scale": scale, "more": turned, "x": x}]
+    for batch in others[suffix == ".pt2" :]:  # a program has what was positional by position
+        assert check_parity(net, path, [batch]).outputs[0].relative <= 1e-6
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_dynamic_size_without_a_size_is_refused(suffix: str, tmp_path: Path) -> None:
+    net, x = nn.Linear(6, 5).eval(), torch.randn(4, 6)
+    with pytest.raises(ConfigError, match=r"dynamic_size: it leaves dimensions 2 and up free .* has none: \(4, 6\)\."):
+        export_model(net, tmp_path / f"model{suffix}", example_input=x, dynamic_size=True)
+
+
+def test_a_loaded_program_takes_positional_arguments_by_name_too(tmp_path: Path) -> None:
+    x, scale, a, b = (torch.randn(4, 6) for _ in range(4))
+    net, more = Keyed().eval(), {"a": a, "b": b}
+    path = export_model(net, tmp_path / "model.pt2", example_input=((x,), {"scale": scale, "more": more}))
+    program, wanted = load_deployed(path), net(x, more=more, scale=scale)
+    assert torch.equal(program(x, more=more, scale=scale), wanted)
+    assert torch.equal(program(more=more, x=x, scale=scale), wanted)
+    text = r"takes \(x, scale=, more=\), what its example input had, and got \(a value, a value, a value\)"
+    for call in (lambda: program(x, scale, more), lambda: program(x, x, more=more, scale=scale), lambda: program(x, scale=scale)):
+        with pytest.raises(ConfigError, match=r"the program takes \(x, scale=, more=\)"):
+            call()
+    with pytest.raises(ConfigError, match=text):
+        program(x, scale, more)
+
+
+def test_a_loaded_program_of_a_forward_with_any_arguments(tmp_path: Path) -> None:
+    class Anything(nn.Module):
+        def forward(self, *parts: Tensor, **more: Tensor) -> Tensor:
+            return torch.cat([*parts, *more.values()], 1)
+
+    x, y, z = (torch.randn(4, 6) for _ in range(3))
+    path = export_model(Anything().eval(), tmp_path / "model.pt2", example_input=((x, y), {"z": z}), dynamic_batch=False)
+    assert torch.equal(load_deployed(path)(x, y, z=z), torch.cat([x, y, z], 1))
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -302,6 +386,38 @@ def test_unknown_suffix() -> None:
 def test_no_tensor_in_the_example() -> None:
     with pytest.raises(ConfigError, match="example_input: no tensor in it"):
         export_model(nn.Identity().eval(), "model.pt2", example_input=())
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_nan_in_the_example(suffix: str, tmp_path: Path) -> None:
+    deployed, bad = convert_model(trained(FUSED)), X.clone()
+    bad[3, 1, 2, 2] = float("nan")
+    with pytest.raises(ConfigError, match=r"example_input: there is NaN in it, .*Give real data"):
+        export_model(deployed, tmp_path / f"model{suffix}", example_input=bad)
+    if suffix != ".pt":
+        path = export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
+        with pytest.raises(ConfigError, match=r"batches\[1\]: there is NaN in it"):
+            check_parity(deployed, path, [X, bad])
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_a_model_that_is_not_on_the_cpu(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED)).to("meta")
+    with pytest.raises(ConfigError, match=r"Net is on meta; there are no numbers to write"):
+        export_model(deployed, tmp_path / f"model{suffix}", example_input=X)
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path: Path) -> None:
+    class Airy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.special.airy_ai(x)
+            return out
+
+    with pytest.raises(
+        ConfigError, match=r"^torch\.onnx cannot translate the model: No ONNX function found for .*airy_ai"
+    ) as error:
+        export_model(Airy().eval(), tmp_path / "model.onnx", example_input=torch.randn(3, 4))
+    assert "stack trace" not in str(error.value)
 
 
 def test_a_model_in_train_mode(tmp_path: Path) -> None:
@@ -407,3 +523,131 @@ def test_load_deployed_refuses(name: str, content: bytes | None, message: str, t
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_deployed(tmp_path / name)
+
+
+# -- models that are not as a file has them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt"])
+def test_a_file_of_a_model_in_reference_mode_is_that_of_the_integers(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    reference = set_mode(copy.deepcopy(deployed), "reference")
+    path = export_model(reference, tmp_path / f"model{suffix}", example_input=X)
+    if suffix == ".onnx":
+        assert optimized_ops(path, tmp_path / "optimized.onnx")["QLinearConv"] == 2
+        assert check_parity(reference, path, [X]).different == 0
+    else:
+        with torch.no_grad():
+            assert torch.equal(load_deployed(path, model=Net())(X), deployed(X))
+    assert {getattr(module, "mode", "reference") for module in reference.modules()} == {"reference"}, "the model is left as it is"
+
+
+def test_a_pt2_file_of_a_model_in_reference_mode_holds_torchs_operators(tmp_path: Path) -> None:
+    reference = convert_model(trained(FUSED), mode="reference")
+    path = export_model(reference, tmp_path / "model.pt2", example_input=X)
+    with torch.no_grad():
+        assert torch.equal(load_deployed(path)(X[:5]), reference(X[:5]))
+    assert not any("lightning_quant" in str(node.target) for node in nodes_of(load_deployed(path)))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_a_prepared_model_is_to_be_converted_first(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Net is prepared, which is for training; export what convert_model\(model\) returns"):
+        export_model(trained(FUSED).eval(), tmp_path / f"model{suffix}", example_input=X)
+    path = export_model(convert_model(trained(FUSED)), tmp_path / "model.pt2", example_input=X)
+    with pytest.raises(ConfigError, match=r"^Net is prepared"):
+        check_parity(trained(FUSED).eval(), path, [X])
+
+
+def test_a_config_error_of_the_forward_is_said_as_it_is(tmp_path: Path) -> None:
+    class Refuses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ConfigError("this forward refuses.")
+
+    with pytest.raises(ConfigError, match=r"^this forward refuses\."):
+        export_model(Refuses().eval(), tmp_path / "model.pt2", example_input=X)
+
+
+class Partly(nn.Module):
+    """A float layer between quantized ones, and a sum in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x))
+        out: Tensor = self.b((y.double() - y.double().mean()).to(y.dtype))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_an_onnx_file_of_a_model_in_another_dtype_computes_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    net, x = Partly(), torch.randn(16, 6)
+    prepared(net, [{"op_types": ["Linear"]}], x).train()(x)
+    single = convert_model(net.to(dtype).float())
+    deployed, example = copy.deepcopy(single).to(dtype), x.to(dtype)
+    exported = export_with_reports(deployed, tmp_path / "model.onnx", example_input=example, prepared=net.to(dtype))
+    assert [value.type.tensor_type.elem_type for value in onnx.load(exported.path).graph.input] == [onnx.TensorProto.FLOAT]
+    with torch.no_grad():
+        wanted = single(x)
+    assert (run_onnx(exported.path, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert check_parity(deployed, exported.path, [example]).outputs[0].relative <= 1e-5
+    assert {p.dtype for p in deployed.parameters()} == {dtype}, "the model is left as it is"
+
+
+def test_a_forward_that_goes_through_float64_exports(tmp_path: Path) -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x.double().cumsum(1).sub(0.1))
+            return out.float()
+
+    net, x = Doubles(), torch.randn(16, 6)
+    with torch.no_grad():
+        prepared(net.double(), [{"op_types": ["Linear"]}], x).train()(x)
+    assert export_with_reports(convert_model(net), tmp_path / "model.onnx", example_input=x).parity.different == 0
+
+
+class Placed(nn.Module):
+    """Makes positions on the device of what it is given, and keeps a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(12, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        out: Tensor = self.fc(x + self.table(places)) * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)
+        return out
+
+
+def test_a_loaded_program_moves_and_keeps_its_dtypes(tmp_path: Path) -> None:
+    net, x = Placed(), torch.randn(5, 12, 6)
+    prepared(net, [{"op_types": ["Linear", "Embedding"]}], x).train()(x)
+    deployed = convert_model(net)
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=x)
+    program = load_deployed(path)
+    for convert in (nn.Module.half, nn.Module.double, nn.Module.bfloat16):
+        with pytest.raises(ConfigError, match=r"a loaded program keeps its dtypes: .*before it is exported"):
+            convert(program)
+    with torch.no_grad():
+        assert torch.equal(program.float().to("cpu")(x), deployed(x))
+    moved = load_deployed(path).to("meta")
+    devices = {str(part) for node in nodes_of(moved) for part in (*node.args, *node.kwargs.values()) if is_device(part)}
+    assert devices == {"meta"}
+    assert moved(x.to("meta")).device.type == "meta"
+
+
+def nodes_of(loaded: nn.Module) -> list[torch.fx.Node]:
+    program = loaded.get_submodule("program")
+    assert isinstance(program, torch.fx.GraphModule)
+    return list(program.graph.nodes)
+
+
+def is_device(value: Any) -> bool:
+    return isinstance(value, torch.device)

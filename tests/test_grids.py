@@ -148,7 +148,7 @@ class Many(nn.Module):
 
 
 def test_layers_of_any_bits_in_onnxruntime(tmp_path: Path) -> None:
-    """8 bits and fewer in integer kernels, more in float arithmetic; stored as int8 and int16; equal to the deployed model."""
+    """8 bits and fewer in integer kernels, more in float arithmetic; stored as int4, int8, int16; equal to the deployed."""
     linear, conv = ["int2", "uint3", "int4", "uint8", "int9", "uint12", "int16", "uint16"], ["uint2", "int4", "int10", "int16"]
     net, x = Many(linear, conv), torch.randn(16, 32)
     names = [f"linear.{dtype}" for dtype in linear] + [f"conv.{dtype}" for dtype in conv]
@@ -159,8 +159,9 @@ def test_layers_of_any_bits_in_onnxruntime(tmp_path: Path) -> None:
     path = export_model(deployed, tmp_path / "m.onnx", example_input=x)
     stored = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
     for name in names:
-        small = int(name.partition(".")[2].lstrip("uint")) <= 8
-        assert stored[f"{name}.weight"] == (onnx.TensorProto.INT8 if small else onnx.TensorProto.INT16)
+        bits = int(name.partition(".")[2].lstrip("uint"))
+        dtype = onnx.TensorProto.INT4 if bits <= 4 else onnx.TensorProto.INT8 if bits <= 8 else onnx.TensorProto.INT16
+        assert stored[f"{name}.weight_int4" if bits <= 4 else f"{name}.weight"] == dtype
     with torch.no_grad():
         expected = deployed.eval()(x)
     session = onnxruntime_session(path)

@@ -53,6 +53,40 @@ def packed(model: nn.Module) -> list[bool]:
 # -- onednn -------------------------------------------------------------------------------------------------------------
 
 
+def test_every_layer_that_does_not_run_on_the_kernels_is_named() -> None:
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.fc = nn.ConvTranspose1d(3, 4, 2, stride=2), nn.Linear(18, 6)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(self.up(x))
+            out: Tensor = self.attention(y, y, y, need_weights=False)[0]
+            return out
+
+    x, net = torch.randn(5, 3, 9), Others()
+    prepare_model(net, make_plan(net, "int8", example_input=x))
+    net.train()(x)
+    with pytest.warns(UserWarning, match="mode 'onednn'") as record:
+        convert_model(net.eval(), mode="onednn")
+    (text,) = (str(one.message) for one in record if "float arithmetic" in str(one.message))
+    assert text == "mode 'onednn': up, attention run as in 'integer': float arithmetic on rounded tensors."
+
+
+@WITH_KERNELS
+@pytest.mark.parametrize("dims", [1, 2])
+def test_onednn_takes_an_empty_batch(dims: int) -> None:
+    x = torch.randn(6, 3, *[9] * dims)
+    net = nn.Sequential((nn.Conv1d, nn.Conv2d)[dims - 1](3, 4, 3), nn.Flatten(), nn.Linear(4 * 7**dims, 2))
+    deployed = deployed_after(net, SEVEN, x)
+    fast = quietly(deployed, "onednn")
+    with torch.no_grad():
+        assert torch.equal(fast(x), deployed(x))
+        assert fast(x[:0]).shape == (0, 2)
+    assert any(packed(fast)), "kernels run"
+
+
 @NAMES
 def test_onednn_equals_integer_on_every_net(name: str) -> None:
     one = trained(name)

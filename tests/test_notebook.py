@@ -58,6 +58,7 @@ def agree(notebook: Any) -> None:
     assert ["weight dB" in page for page in pages] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_accuracies_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOK.parents[1]), os.environ.get("PYTHONPATH", "")]))
     fresh = executed(tmp_path)

@@ -13,11 +13,13 @@ import onnx
 import pytest
 import torch
 from conftest import run_recorded
+from lightning.pytorch import LightningModule
 from onnx import TensorProto, numpy_helper
 from test_convert import CONFIGS, trained
 from test_fusion import prepared
 from test_mnist import optimized_ops
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from toys import FUSED
 
 from lightning_quant import (
@@ -33,9 +35,9 @@ from lightning_quant import (
 from lightning_quant.execution import execution_report
 from lightning_quant.export import check_parity, export_with_reports, onnxruntime_session
 from lightning_quant.onnx_graph import write_onnx
-from lightning_quant.parity import layer_parity, output_parity, outputs_parity
+from lightning_quant.parity import layer_parity, output_parity, outputs_parity, wrong_integers
 from lightning_quant.prepare import simulated
-from lightning_quant.program import Tap
+from lightning_quant.program import Tap, only_integers_meet_grids, program_of
 
 X = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -194,6 +196,91 @@ def test_check_parity_refuses(tmp_path: Path) -> None:
             execution_report(tmp_path / "model.onnx")
 
 
+class Named(nn.Module):
+    """An addition, a mean, and a layer whose name is that of a part of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.end = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.end((self.first(x) + x).mean((2, 3)))
+        return out
+
+
+def test_layers_have_the_plans_names(tmp_path: Path) -> None:
+    net = Named()
+    plan = make_plan(net, ["int8"], example_input=X)
+    prepare_model(net, plan)
+    net.train()(X)
+    path = tmp_path / "model.pt2"
+    report = export_with_reports(convert_model(net.eval()), path, example_input=X).parity
+    assert {"first", "add", "mean"} <= {layer.name for layer in report.layers} <= {layer.name for layer in plan.layers}
+
+
+@pytest.mark.parametrize("batches", [None, 5, X, {"x": X}, "x"], ids=["None", "number", "tensor", "dict", "text"])
+def test_what_is_no_list_of_batches(batches: Any, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    with pytest.raises(ConfigError, match=f"batches: expected a list of example inputs, .* got a {type(batches).__name__}"):
+        check_parity(deployed, path, batches)
+
+
+def test_a_loaders_batches_hold_labels(tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    data = DataLoader(TensorDataset(X, torch.zeros(len(X))), batch_size=16)
+    with pytest.raises(
+        ConfigError, match=r"batches\[0\]: the forward of Net fails on this list: .*\(\(images,\) for images, _ in"
+    ):
+        check_parity(deployed, path, data)
+    assert check_parity(deployed, path, ((images,) for images, _ in data)).different == 0
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_batches_of_another_size_than_a_file_takes(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    path = export_model(deployed, tmp_path / f"model{suffix}", example_input=X[:40], dynamic_batch=False)
+    for example, free in ((X[:40], True), (X[:10], False)):
+        with pytest.raises(
+            ConfigError, match=r"(?s)batches\[0\]: model.* cannot be run on it: .*give such, and dynamic_batch=False"
+        ):
+            check_parity(deployed, path, [example], dynamic_batch=free)
+    assert check_parity(deployed, path, [X[:40]], dynamic_batch=False).different == 0
+
+
+class Wrapped(LightningModule):
+    """The net is inside, as where a step calls it; there is no forward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+def test_a_prepared_module_that_cannot_be_called(tmp_path: Path) -> None:
+    net = trained(FUSED)
+    deployed = convert_model(net)
+    path = export_model(deployed, tmp_path / "model.pt2", example_input=X)
+    with pytest.raises(ConfigError, match=r"prepared, called with batches\[0\]: the forward of Wrapped fails on this Tensor"):
+        check_parity(deployed, path, [X], prepared=Wrapped(net))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".pt"])
+def test_what_the_model_cannot_be_called_with(suffix: str, tmp_path: Path) -> None:
+    deployed = convert_model(trained(FUSED))
+    wrong: dict[str, Any] = {
+        "the forward of Net fails on this list: .* give the inputs alone": [X],
+        "the forward of Net fails on this tuple: .*takes 2 positional arguments": (X, torch.zeros(48)),
+        "the forward of Net fails on this Tensor: .*to have 3 channels": torch.randn(4, 1, 8, 8),
+        "no tensor in it, but a ndarray; give what the model is called with: a tensor": X.numpy(),
+        "no tensor in it, but a DataLoader; give": DataLoader(TensorDataset(X)),
+    }
+    for message, example in wrong.items():
+        with pytest.raises(ConfigError, match=rf"(?s)^example_input: {message}"):
+            export_model(deployed, tmp_path / f"model{suffix}", example_input=example)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_flipped_bit_in_a_weight_of_an_onnx_file_is_named(tmp_path: Path) -> None:
     deployed = convert_model(trained(FUSED))
     path = export_model(deployed, tmp_path / "model.onnx", example_input=X)
@@ -205,6 +292,103 @@ def test_a_flipped_bit_in_a_weight_of_an_onnx_file_is_named(tmp_path: Path) -> N
     onnx.save(model, path)
     with pytest.raises(ParityError, match=r"the file was not changed\. The first layer that differs is 'conv2'"):
         check_parity(deployed, path, [X])
+
+
+class Residual(nn.Module):
+    """Float operators between grids: an addition, a norm, a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        y = torch.relu(self.b(y) + y)
+        out: Tensor = self.fc(self.norm(self.c(y).mean((2, 3))))
+        return out
+
+
+@pytest.fixture(scope="module")
+def residual() -> nn.Module:
+    torch.manual_seed(1)
+    net = Residual()
+    prepare_model(net, make_plan(net, "int8", example_input=X))
+    for _ in range(3):
+        net.train()(X)
+    return convert_model(net.eval())
+
+
+@pytest.fixture(scope="module")
+def residual_file(residual: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(residual, tmp_path_factory.mktemp("residual") / "model.onnx", example_input=X)
+
+
+def with_other(path: Path, name: str, change: Any, folder: Path) -> Path:
+    """The file with another tensor under this name."""
+    model = onnx.load(path)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
+    onnx.save(model, folder / "other.onnx")
+    return folder / "other.onnx"
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "change"),
+    [
+        ("a.bias", "a", lambda b: b + b.dtype.type(30)),
+        ("b.weight", "b", lambda w: np.where(np.arange(w.size).reshape(w.shape) == 7, w // 2, w)),  # one of 576
+        ("norm.bias", "fc", lambda b: b + np.float32(0.004)),
+        ("fc.bias", "", lambda b: b + b.dtype.type(9)),
+    ],
+)
+def test_default_bounds_find_a_wrong_layer_between_float_operators(
+    name: str, layer: str, change: Any, residual: nn.Module, residual_file: Path, tmp_path: Path
+) -> None:
+    other = with_other(residual_file, name, change, tmp_path)
+    assert check_parity(residual, other, [X], min_equal=0).outputs[0].relative < 5e-2, "it is not much"
+    with pytest.raises(ParityError, match=rf"layer '{layer}' computes something else" if layer else "output 0 differs by .* own"):
+        check_parity(residual, other, [X])
+
+
+def test_an_honest_file_with_float_operators_keeps_the_default_bounds(residual: nn.Module, residual_file: Path) -> None:
+    assert not only_integers_meet_grids(program_of(residual, X, True))
+    assert check_parity(residual, residual_file, [X, X[:5] * 0.7]).different <= 9
+
+
+def test_a_layer_does_not_answer_for_those_before_it(residual: nn.Module, residual_file: Path, tmp_path: Path) -> None:
+    other = with_other(residual_file, "a.bias", lambda b: b + b.dtype.type(300), tmp_path)
+    layers = check_parity(residual, other, [X], min_equal=0).layers
+    assert sum(layer.different > 0 for layer in layers) > 3
+    assert {layer.name for layer in layers if layer.wrong} == {"a"}
+
+
+@pytest.mark.parametrize("options", [{"signed": True}, {"profile": "openvino"}], ids=str)
+def test_honest_files_of_other_styles_keep_the_default_bounds(
+    options: dict[str, Any], residual: nn.Module, tmp_path: Path
+) -> None:
+    exported = export_with_reports(residual, tmp_path / "model.onnx", example_input=X, **options)
+    assert check_parity(residual, exported.path, [X]).different <= 9
+    assert exported.execution is not None
+    reasons = {(node.operator, node.reason, node.remedy) for node in exported.execution.nodes if not node.integer}
+    why = ("onnxruntime leaves signed activations that two operators read, and makes the others unsigned", "leave out signed")
+    assert ({("Conv", *why), ("Add", *why)} <= reasons) == ("signed" in options)
+
+
+def test_a_tie_may_go_either_way_in_float_alone() -> None:
+    ops = torch.ops.lightning_quant
+    x = torch.tensor([0.5, 1.48, 1.496, 2.6, 300.0, float("nan")])
+    found = torch.tensor([1, 2, 2, 3, 255, 7], dtype=torch.int32)
+
+    def model(x: Tensor) -> Tensor:
+        out: Tensor = ops.dequantize(ops.quantize(x, 1.0, 0, 0, 255), 1.0, 0)
+        return out
+
+    outputs, wrong = wrong_integers(model, x, {0: found}, exact=())
+    assert wrong == {0: 1}, "1.48 is no tie"
+    assert outputs[0].tolist() == found.tolist(), "the rest of the model reads the file's"
+    assert wrong_integers(model, x[:3], {0: found[:3]}, exact={0})[1] == {0: 3}
+    assert wrong_integers(model, x, {0: found[:2]}, exact=())[1] == {0: 6}, "another shape"
 
 
 # -- differences, by hand ---------------------------------------------------------------------------------------------------
@@ -231,6 +415,17 @@ def test_an_output_on_a_grid_is_compared_in_steps() -> None:
     assert (found.most, found.mean, found.relative) == (2.0, 1.25, 0.25)
     assert (found.classes, found.same, found.agreement) == (2, 1, 0.5)
     assert output_parity("a, b", 0, torch.ones(2), torch.ones(2), None).agreement is None
+
+
+def test_classes_are_in_dimension_one() -> None:
+    wanted = torch.zeros(2, 3, 4, 5)
+    wanted[:, 1] = 1
+    found = wanted.clone()
+    found[0, 2, 0, :4] = 2
+    maps = output_parity("a, b", 0, found, wanted, None)
+    assert (maps.classes, maps.same) == (40, 36)
+    unknown = output_parity("a, b", 0, found[..., 0], wanted[..., 0], None)  # tokens or signals
+    assert (unknown.classes, unknown.agreement) == (0, None)
 
 
 def test_nan_and_infinity() -> None:

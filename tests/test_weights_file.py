@@ -28,6 +28,7 @@ from lightning_quant import (
     make_plan,
     prepare_model,
 )
+from lightning_quant.export import export_with_reports
 from lightning_quant.files import packed, read_weights, unpacked, write_weights
 from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerLayer
 from lightning_quant.intercept import RoundedOperator
@@ -304,6 +305,50 @@ def test_a_forward_with_other_operators_is_refused(tmp_path: Path) -> None:
     assert load_deployed(path, model=WithAddition()) is not None
     with pytest.raises(ConfigError, match="the forward of 'the model' calls other operators than when the file was written: mul"):
         load_deployed(path, model=WithAddition(twice=True))
+
+
+class Around(nn.Module):
+    """A net inside another one, as where a fit wrote what training_step calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+
+def test_a_model_that_is_not_the_files_is_told_from_what_to_give(tmp_path: Path) -> None:
+    deployed = convert_model(trained(CONFIGS["default"]))
+    path = export_model(deployed, tmp_path / "model.pt")
+    wrong: list[tuple[Any, str]] = [
+        (Net, "model: expected an instance of the class that was trained, got the class Net; give an instance of it"),
+        ("net", "model: expected an instance of the class that was trained, got 'net'; give one"),
+        (deployed, "model is deployed already \\('conv1'\\); give a new instance of the class that was trained"),
+        (Around(), "the file was written of a Net, which is 'net' of this Around; give model\\.net"),
+    ]
+    for model, message in wrong:
+        with pytest.raises(ConfigError, match=f"model.pt': {message}"):
+            load_deployed(path, model=model)
+    assert same(load_deployed(path, model=Around().net), deployed, X)
+
+
+def test_messages_of_torch_come_without_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = export_model(convert_model(trained(CONFIGS["default"])), tmp_path / "model.pt")
+    for error in (ConfigError, RuntimeError):
+
+        def fails(*_: Any, error: type[Exception] = error, **__: Any) -> None:
+            raise error("\x1b[31mred\x1b[0m text")
+
+        monkeypatch.setattr("lightning_quant.loading.rebuilt", fails)
+        with pytest.raises(ConfigError, match=r"red text$"):
+            load_deployed(path, model=Net())
+
+
+def test_the_line_of_a_file_says_what_was_compared(tmp_path: Path) -> None:
+    deployed = convert_model(trained(CONFIGS["default"]))
+    without = export_with_reports(deployed, tmp_path / "model.pt").summary()
+    assert without == "every number comes back bit for bit"
+    assert export_with_reports(deployed, tmp_path / "model.pt", example_input=X).summary() == (
+        "every number and output comes back bit for bit"
+    )
 
 
 def test_a_pt_file_needs_a_model_and_a_pt2_file_takes_none(tmp_path: Path) -> None:

@@ -372,9 +372,11 @@ def failures(folder: Path) -> dict[str, str]:
         except Exception as error:  # noqa: BLE001
             found[name] = f"{type(error).__name__}: {error}"
 
-    (folder / "taken").write_text("a file where a folder is wanted")
+    (folder / "file").write_text("a file where a folder is wanted")
+    callback = QuantFusionCallback(OBSERVERS, export=".pt2", dirpath=folder / "file" / "out", verbose=0)
+    said("folder", lambda: trainer_of(folder, callback).fit(Chain(), loader()))
     callback = QuantFusionCallback(OBSERVERS, export=".pt2", dirpath=folder / "taken", verbose=0)
-    said("export", lambda: trainer_of(folder, callback).fit(Chain(), loader()))
+    said("export", lambda: trainer_of(folder, callback).fit(Takes(folder / "taken" / "model.pt2"), loader()))
     rank = dist.get_rank()
     example = torch.zeros(2, 6 + rank)
     said("example", lambda: trainer_of(folder, QuantFusionCallback("int8", example_input=example)).fit(Chain(), loader()))
@@ -384,6 +386,17 @@ def failures(folder: Path) -> dict[str, str]:
     options: dict[str, Any] = {"calibration": 2, "example_input": torch.zeros(2, 6), "verbose": 0}
     said("calibration", lambda: trainer_of(folder, QuantFusionCallback("int8", **options), max_epochs=0).fit(Narrow(), data))
     return found
+
+
+class Takes(Chain):
+    """Makes a folder where a file is to be written, once training has begun."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def on_train_start(self) -> None:
+        self.place.mkdir(parents=True, exist_ok=True)
 
 
 class Narrow(Chain):
