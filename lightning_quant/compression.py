@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_quant.config import ConfigError, parse_pruning
+from lightning_quant.delivery import check_removal
 from lightning_quant.distillation import plain
 from lightning_quant.distiller import Distiller
 from lightning_quant.evaluation import EvaluatesAsShipped
 from lightning_quant.graph import Graph
 from lightning_quant.keys import DISTILLATION_METHODS
 from lightning_quant.masks import Masks, make_pruning
-from lightning_quant.prepare import drop_deployed_layers
+from lightning_quant.prepare import drop_deployed_layers, prepared_groups
 from lightning_quant.pruning_plan import Pruning, PruningPlan
 from lightning_quant.schedule import Clock
 from lightning_quant.shrink import Shrunk, shrink_model, unread_values
@@ -216,7 +217,12 @@ class Compresses(EvaluatesAsShipped):
         if self._example is None:
             rank_zero_warn(f"{type(self).__name__}: nothing is removed without a recorded forward; give example_input.")
             return twin
-        self.shrunk = shrink_model(twin, found, self._example, entry=self._entry)
+        self.shrunk = shrunk = shrink_model(twin, found, self._example, entry=self._entry)
+        if prepared_groups(twin):
+            wide, small = (model.get_submodule(self._entry) for model in (twin, shrunk.model))
+            check_removal(
+                wide, small, self._example, sorted({bias or weight for weight, (bias, _) in shrunk.cuts.biases.items()})
+            )
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: masked channels removed\n{self.shrunk}")
         return self.shrunk.model

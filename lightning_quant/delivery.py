@@ -10,7 +10,7 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +115,13 @@ def writes(trainer: pl.Trainer) -> bool:
 
 def check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> None:
     """Raise a ParityError unless both give the same numbers; a forward that looks into its layers may not."""
-    args, kwargs = split_example(example)
-
-    def outputs(model: nn.Module) -> list[torch.Tensor]:
-        with undisturbed(model), isolate_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            return list(tensors_in(model(*copied(args), **copied(kwargs))))
-
     try:
-        expected = outputs(prepared)
+        expected = _outputs(prepared, example)
     except Exception as error:  # noqa: BLE001  (a forward that needs its trainer, say: nothing is known against the conversion)
         rank_zero_warn(f"the conversion was not checked: a copy of the trained model fails outside the Trainer: {error}")
         return
     try:
-        found = outputs(deployed)
+        found = _outputs(deployed, example)
         same = len(expected) == len(found) and all(map(_equal, expected, found))
         why = "gives other numbers than the prepared model in eval mode"
     except Exception as error:  # noqa: BLE001  (whatever the user's forward stumbles on)
@@ -138,6 +131,35 @@ def check_conversion(prepared: nn.Module, deployed: nn.Module, example: Any) -> 
             f"the converted model {why} on the example input. A forward that reads the weight or the dtype of a fused layer "
             "cannot be converted: leave that layer out of config_list. The trained model is unharmed."
         )
+
+
+def check_removal(prepared: nn.Module, small: nn.Module, example: Any, biases: Sequence[str]) -> None:
+    """Warn if a prepared model without its masked channels gives other numbers than with them.
+
+    Zeros leave sums of integers as they are. Constants that moved into `biases` are rounded with these instead of by themselves.
+    """
+    try:
+        expected = _outputs(prepared, example)
+    except Exception:  # noqa: BLE001  (as in check_conversion, which says so)
+        return
+    found = _outputs(small, example)
+    if len(expected) == len(found) and all(map(_equal, expected, found)):
+        return
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.numel()]
+    most = max(float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30) for a, b in pairs)
+    where = f" The constants of masked channels moved into {', '.join(biases)}, where they are rounded anew." if biases else ""
+    rank_zero_warn(
+        f"without its masked channels the model differs from what was validated by up to {most:.1e} of an output's largest "
+        f"value, on the example input.{where} Mask the biases (and batch norms) of masked channels, too, or keep the channels "
+        "(shrink: false) for the very same numbers."
+    )
+
+
+def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
+    args, kwargs = split_example(example)
+    with undisturbed(model), isolate_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        return list(tensors_in(model(*copied(args), **copied(kwargs))))
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

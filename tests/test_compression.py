@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from toys import FUSED, Lit, fingerprint, loader
 from lightning_quant import ConfigError, QuantFusionCallback, load_deployed
 from lightning_quant.integer import IntegerLayer
 from lightning_quant.prepare import prepared_groups, restore_model
+from lightning_quant.record import split_example
 
 TrainerMaker = Callable[..., Trainer]
 HALF: list[dict[str, Any]] = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -65,6 +67,20 @@ def test_without_shrink_the_masked_model_ships(quiet_trainer: TrainerMaker) -> N
     model, callback = fitted(quiet_trainer, pruning={"config_list": HALF, "shrink": False})
     assert callback.deployed_model.conv1.weight.shape == (8, 3, 3, 3) and callback.shrunk is None
     assert torch.equal(output(callback.deployed_model), output(model))
+
+
+def test_a_removal_that_rounds_otherwise_says_how_much(quiet_trainer: TrainerMaker) -> None:
+    torch.manual_seed(3)
+    model: Any = Lit()
+    nn.init.constant_(model.bn2.bias, 0.5)  # not masked: what is behind masked channels is a constant
+    said = r"differs from what was validated by up to (\S+) .* moved into fc.bias, .* Mask the biases .*shrink: false"
+    with pytest.warns(UserWarning, match=said) as seen:
+        _, callback = fitted(quiet_trainer, "int8", model=model, pruning={"config_list": HALF, "dependencies": False})
+    (told,) = (match[1] for one in seen if (match := re.search(said, str(one.message))))
+    (x,), _ = split_example(callback._example)
+    masked = output(model, x)  # the deployed arithmetic, with all channels
+    moved = float((output(callback.deployed_model, x) - masked).abs().max() / masked.abs().max())
+    assert moved > 1e-3 and float(told) == pytest.approx(moved, rel=0.05)
 
 
 def test_what_is_masked_is_the_least_of_the_weights(quiet_trainer: TrainerMaker) -> None:
