@@ -132,6 +132,15 @@ def test_distillation_is_that_of_one_process(two: list[dict[str, Any]], tmp_path
     assert max(found.values(), default=0) < 1e-4, found
 
 
+def test_masks_a_teacher_and_learned_scales_are_those_of_one_process(two: list[dict[str, Any]], tmp_path: Path) -> None:
+    one = two_processes.SCENARIOS["compressed"](tmp_path)
+    assert differences(one["masks"], two[0]["compressed"]["masks"]) == {}
+    assert one["shapes"] == two[0]["compressed"]["shapes"]
+    assert [one["shapes"][f"{name}.weight"] for name in "bcd"] == [[4, 8], [4, 4], [4, 4]]
+    found = differences(one, two[0]["compressed"])
+    assert max(found.values(), default=0) < 1e-4, found
+
+
 @pytest.mark.parametrize("name", ["quantized", "learned at once"])
 def test_rounded_from_the_first_batch_on_a_run_stays_near_that_of_one_process(
     name: str, two: list[dict[str, Any]], tmp_path: Path

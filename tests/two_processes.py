@@ -221,8 +221,28 @@ def learned(folder: Path, start: int = 2, **options: Any) -> dict[str, Any]:
     return left(model, scales=scales, steps=trainer.global_step)
 
 
+def compressed(folder: Path) -> dict[str, Any]:
+    """Masks from gradients, from a random state that differs and from weights, a teacher, and learned scales, in one fit."""
+    masked = zip(["b", "c", "d"], ["taylor", "random", "l2"], strict=True)
+    entries = [{"op_names": [name], "sparse_ratio": 0.5, "metric": metric} for name, metric in masked]
+    pruning = {"config_list": entries, "schedule": "agp", "start": 1, "stop": 5, "updates": 3}
+    learning: dict[str, Any] = {"distillation": ["kl", {"op_names": ["b"], "link": "a"}], "teacher": "self"}
+    options: dict[str, Any] = {"schedule": {"quantize_start": 2}, "verbose": 0, **learning}
+    callback = QuantFusionCallback(LEARNED, pruning=pruning, **options)
+    torch.manual_seed(dist.get_rank() if several() else 0)
+    model = Chain(lr=0.05)
+    torch.manual_seed(dist.get_rank() if several() else 0)
+    trainer = trainer_of(folder, callback, max_epochs=2)
+    trainer.fit(model, loader())
+    assert callback.masks is not None and callback.shrunk is not None and callback.deployed_model is not None
+    scales = {name: one.detach().clone() for name, one in learned_parameters(model).items()}
+    masks = {name: mask.clone() for name, mask in callback.masks.by_target().items()}
+    shapes = {name: list(one.shape) for name, one in callback.shrunk.model.named_parameters()}
+    return left(model, scales=scales, masks=masks, shapes=shapes)
+
+
 def static(folder: Path) -> dict[str, Any]:
-    """The same where the reducer is told that the graph stays as it is."""
+    """What `learned` is where the reducer is told that the graph stays as it is."""
     options: dict[str, Any] = {"strategy": DDPStrategy(static_graph=True)} if several() else {}
     return learned(folder, **options)
 
@@ -451,6 +471,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     "skipped": skipped,
     "calibrated": calibrated,
     "distilled": distilled,
+    "compressed": compressed,
 }
 ONLY_TWO: dict[str, Callable[[Path], Any]] = {
     "scaled": scaled,
