@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,14 +155,16 @@ def execution_report(path: str | os.PathLike[str]) -> ExecutionReport:
         raise ConfigError(f"path {os.fspath(path)!r}: there is no such file.")
     try:
         model = onnx.load(source)
-        work: dict[str, int] = json.loads({entry.key: entry.value for entry in model.metadata_props}[f"{NOTE}multiply_adds"])
+        notes = {entry.key: entry.value for entry in model.metadata_props}
+        work: dict[str, int] = json.loads(notes[f"{NOTE}multiply_adds"])
+        whole: list[str] = json.loads(notes.get(f"{NOTE}whole", "[]"))
     except Exception as error:
         raise ConfigError(f"path {os.fspath(path)!r} is no .onnx file that export_model wrote, or is damaged.") from error
-    return ExecutionReport(file=source.name, nodes=tuple(_nodes(model.graph, optimized_graph(source), work)))
+    return ExecutionReport(file=source.name, nodes=tuple(_nodes(model.graph, optimized_graph(source), work, whole)))
 
 
-def _nodes(written: Any, run: Any, work: Mapping[str, int]) -> list[NodeRun]:
-    files = _Graph(written)
+def _nodes(written: Any, run: Any, work: Mapping[str, int], whole: Sequence[str]) -> list[NodeRun]:
+    files = _Graph(written, whole)
     integers, sizes = _integer_values(run), _sizes(run)
     found: list[tuple[int, NodeRun]] = []
     kernels: dict[str, str] = {}
@@ -173,7 +175,7 @@ def _nodes(written: Any, run: Any, work: Mapping[str, int]) -> list[NodeRun]:
                 kernels[origin] = node.op_type
         elif node.op_type not in (*_PLUMBING, *_SILENT) and not (node.name.endswith(APART) or sizes.issuperset(node.output)):
             integer = node.op_type.startswith("QLinear") or (node.op_type in _CARRIERS and node.input[0] in integers)
-            reason, remedy = ("", "") if integer else files.mixed(node) or _why_float(node.op_type)
+            reason, remedy = ("", "") if integer else files.whole_module(node) or files.mixed(node) or _why_float(node.op_type)
             name, place = module_of(node.name) if "/" in node.name else "", files.place(node)
             found.append((place, NodeRun(module=name, operator=node.op_type, integer=integer, reason=reason, remedy=remedy)))
     for name, number in work.items():  # one that is not found by its name has been fused into, or named as, something in float
@@ -229,7 +231,8 @@ def _why_float(operator: str) -> tuple[str, str]:
 class _Graph:
     """The graph of a file: who makes and who reads what."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, whole: Sequence[str]) -> None:
+        self.whole = whole
         self.nodes = {node.name: node for node in graph.node}
         self.places = {name: place for place, name in enumerate(self.nodes)}
         self.makers = {name: node for node in graph.node for name in node.output}
@@ -264,6 +267,8 @@ class _Graph:
     def reason(self, node: Any) -> tuple[str, str]:
         """(why onnxruntime runs this product in float, what to do)."""
         (onnx,) = require("onnx")
+        if whole := self.whole_module(node):
+            return whole
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             return f"onnxruntime has no int8 kernel for {node.op_type}", "leave it float, or run the file in OpenVINO"
         x, w = (self._source(name) for name in node.input[:2])
@@ -278,6 +283,13 @@ class _Graph:
         if x is None or x.op_type != "DequantizeLinear":
             return "its input is not on a grid", "add '_input_' to its target_names"
         return self._reason_behind(node)
+
+    def whole_module(self, node: Any) -> tuple[str, str] | None:
+        """The same for parts of a module that is one layer to us (`nn.MultiheadAttention`, a type of the user's)."""
+        name = module_of(node.name) if "/" in node.name else ""
+        if not any(name == one or name.startswith(f"{one}.") for one in self.whole):
+            return None
+        return "its module computes in float on rounded tensors", "write it as layers and operators (nn.Linear, torch.matmul)"
 
     def _reason_behind(self, node: Any) -> tuple[str, str]:
         """The same for one whose input and weight are on grids."""

@@ -32,6 +32,7 @@ from lightning_quant.onnx_notes import (
     output_names,
     require,
     sizes_of,
+    whole_module,
     work_of,
 )
 
@@ -70,7 +71,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, 
         )
     assert exported is not None
     graph = exported.model.graph
-    _tidy(graph)
+    whole = _tidy(graph)
     passes.RemoveUnusedNodesPass()(exported.model)
     if not any(node.op_type in ("Loop", "If", "Scan") for node in graph):  # of what is inside these it infers other types
         passes.ShapeInferencePass()(exported.model)
@@ -79,15 +80,16 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, style: Style, 
     name_batch(graph)
     exported.model.metadata_props.update({f"{NOTE}{key}": value for key, value in notes.items()})
     exported.model.metadata_props[f"{NOTE}multiply_adds"] = json.dumps(work_of(graph, sizes_of(graph, program)))
+    exported.model.metadata_props[f"{NOTE}whole"] = json.dumps(whole)
     exported.model.metadata_props[f"{NOTE}inputs"] = json.dumps(input_grids(graph))
     exported.save(path)
 
 
-def _tidy(graph: Any) -> None:
+def _tidy(graph: Any) -> list[str]:
     """Name nodes by their modules, drop the build machine's stack traces, keep neighbouring grids apart, unmerge constants.
 
     The exporter merges equal constants (batch norms of one width have equal integers); onnxruntime's exact-sums pass rewrites
-    those of each layer in place and fails on one that two layers share.
+    those of each layer in place and fails on one that two layers share. Returns the modules that compute in float as a whole.
     """
     (ir,) = require("onnx_ir")
     rounding = (n for n in graph if n.op_type in ("QuantizeLinear", "DequantizeLinear") and not n.inputs[0].is_initializer())
@@ -103,8 +105,11 @@ def _tidy(graph: Any) -> None:
             graph.remove(node, safe=True)
         _drop_pair(graph, node)
     names: dict[str, int] = {}
+    whole: set[str] = set()
     for node in list(graph):
         give_name(node, names)
+        if (name := whole_module(node)) is not None:
+            whole.add(name)
     barriers: dict[str, int] = {}
     for node in list(graph):
         if uses := _apart(node):
@@ -122,6 +127,7 @@ def _tidy(graph: Any) -> None:
         if node.op_type == "QuantizeLinear":  # the exporter takes the program's word for it
             for made in (node, *(user for user, _ in node.outputs[0].uses() if user.op_type == "Clip")):
                 made.outputs[0].type = ir.TensorType(node.inputs[2].dtype)
+    return sorted(whole)
 
 
 # -- rewriting --------------------------------------------------------------------------------------------------------------

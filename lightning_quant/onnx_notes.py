@@ -59,6 +59,13 @@ def give_name(node: Any, names: dict[str, int]) -> None:
     node.name = f"{name}_{count}" if count else name
 
 
+def whole_module(node: Any) -> str | None:
+    """The name of the module around a node that computes in float as a whole, on rounded tensors; None if there is none."""
+    names, classes = (ast.literal_eval(node.metadata_props.get(key, "[]")) for key in (_SCOPES, CLASSES))
+    found = (name for name, kind in zip(names, classes, strict=False) if str(kind).endswith(".QuantizedModule"))
+    return next((str(name) for name in found), None)
+
+
 def module_of(name: str) -> str:
     """The module of a node that `_name` named, also if onnxruntime has added to its name; "" for the model itself."""
     return name.partition("/")[0]

@@ -16,7 +16,7 @@ from lightning_quant.layers import Plan
 from lightning_quant.targets import is_activation
 
 # What we write into an `.onnx` file's metadata ourselves.
-RESERVED = ("inputs", "multiply_adds", "package", "profile", "torch")
+RESERVED = ("inputs", "multiply_adds", "package", "profile", "torch", "whole")
 
 _ALL, _PROGRAMS, _ONNX, _PT2 = (".onnx", ".pt2", ".pt"), (".onnx", ".pt2"), (".onnx",), (".pt2",)
 Check = Callable[[Any], str]  # what is wrong with a value; nothing if nothing is

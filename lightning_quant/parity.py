@@ -138,7 +138,8 @@ class ParityReport:
         if self.first is not None:
             words[0] += f", first other ones in {self.first.name!r}"
         if worst is not None:
-            words.append(f"outputs within {worst.relative:.2g} of the largest value")
+            apart = f"within {worst.relative:.2g} of the largest value"
+            words.append(f"outputs {apart if worst.relative else 'equal'}")
         return "; ".join(words)
 
     def _tables(self) -> list[tuple[list[str], list[list[str]], set[str], list[str]]]:

@@ -113,6 +113,28 @@ CASES = {
 }
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0])
+        return out
+
+
+def test_of_a_module_that_is_one_layer_no_part_is_to_be_selected(tmp_path: Path) -> None:
+    x = torch.randn(4, 6, 8)
+    deployed = convert_model(after_steps(Attends(), [{"op_types": ["MultiheadAttention", "Linear"]}], x))
+    report = export_with_reports(deployed, tmp_path / "model.onnx", example_input=x).execution
+    assert report is not None
+    slow = [node for node in report.nodes if not node.integer]
+    assert len([node for node in slow if node.product]) == 4  # the projections, the scores, the weighted sum, and out again
+    assert {(node.module, node.reason) for node in slow} == {("attention", "its module computes in float on rounded tensors")}
+    assert all(node.remedy == "write it as layers and operators (nn.Linear, torch.matmul)" for node in slow)
+    assert [node.module for node in report.products if node.integer] == ["head"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_runs_in_float_is_named_with_reason_and_remedy(name: str, tmp_path: Path) -> None:
     case = CASES[name]
