@@ -171,6 +171,7 @@ class Stamp:
     """
 
     _NAME = "_lightning_quant_made_by"
+    part_of_model = True  # see `record.undisturbed`
 
     def on(self, y: Tensor) -> Tensor:
         """y, marked."""

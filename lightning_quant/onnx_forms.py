@@ -113,10 +113,10 @@ def _take_place(graph: Any, node: Any, value: Any) -> None:
     """Let `value` be what `node` made, under its name, and drop the node."""
     old = node.outputs[0]
     value.type, value.shape = old.type, old.shape
-    old.replace_all_uses_with(value)
     for index, output in enumerate(graph.outputs):
         if output is old:
             graph.outputs[index] = value
+    old.replace_all_uses_with(value)
     value.name = old.name
     inputs = [source for source in node.inputs if source is not None]
     graph.remove(node, safe=True)

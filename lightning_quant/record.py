@@ -8,7 +8,7 @@ arguments and nested outputs are as the user wrote them, and nothing of the mode
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -264,9 +264,16 @@ class _UnseenReads(TorchDispatchMode):
         return result
 
 
+def _part_of_model(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    return OrderedDict((key, hook) for key, hook in hooks.items() if getattr(hook, "part_of_model", False))
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode and without its hooks; flags, hooks, buffers, RNG and the attention fast path restored after."""
+    """`model` in eval mode and without its hooks; flags, hooks, buffers, RNG and the attention fast path restored after.
+
+    Hooks with a true attribute `part_of_model` stay: without these the model would compute something else.
+    """
     modules = list(model.modules())
     training = [module.training for module in modules]
     hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
@@ -280,7 +287,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(False)  # it would run a whole encoder layer without its submodules
             for module in modules:
                 module.training = False
-                module._forward_hooks, module._forward_pre_hooks = type(hooks[0][0])(), type(hooks[0][1])()
+                module._forward_hooks = _part_of_model(module._forward_hooks)
+                module._forward_pre_hooks = _part_of_model(module._forward_pre_hooks)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)

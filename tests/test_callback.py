@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -711,6 +712,26 @@ def test_a_forward_that_looks_into_its_layers_is_found_out(quiet_trainer: Traine
     with pytest.raises(ParityError, match=r"the converted model (gives other numbers|fails).*leave that layer out"):
         fit(quiet_trainer, LooksInside(), callback)
     assert callback.deployed_model is None
+
+
+@pytest.mark.parametrize("called", [F.gelu, F.silu, F.hardswish, F.leaky_relu, torch.tanh, F.relu])
+def test_an_activation_called_as_a_function_runs_once(
+    called: Callable[[Tensor], Tensor], quiet_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    class Calls(Lit):
+        def forward(self, x: Tensor) -> Tensor:
+            layers: Any = self
+            out: Tensor = layers.fc(layers.pool(called(layers.conv2(called(layers.conv1(x))))).flatten(1))
+            return out
+
+    callback, model = QuantFusionCallback("int8", verbose=0, export=[".pt2", ".onnx"], dirpath=tmp_path), Calls()
+    fit(quiet_trainer, model, callback)
+    x = next(iter(loader(seed=1)))[0]
+    deployed = callback.deployed_model
+    assert deployed is not None
+    with torch.no_grad():
+        assert torch.equal(deployed(x), model.eval()(x))
+        assert torch.equal(load_deployed(tmp_path / "model.pt2")(x), deployed(x))
 
 
 def test_a_forward_that_needs_its_trainer_is_converted_unchecked(quiet_trainer: TrainerMaker) -> None:

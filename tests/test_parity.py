@@ -616,6 +616,24 @@ def test_embeddings_look_up_integers(setting: dict[str, Any], tmp_path: Path) ->
         assert (run_onnx(path, words) - deployed(words)).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_a_mean_may_be_what_the_model_returns(keepdim: bool, tmp_path: Path) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).mean((2, 3), keepdim=keepdim)  # type: ignore[no-any-return]
+
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    deployed = convert_model(after_steps(Pooled(), [{"op_types": ["Conv2d"]}], x))
+    export_model(deployed, tmp_path / "model.onnx", example_input=x)
+    (found,) = onnxruntime_session(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), deployed(x), atol=1e-6)
+    assert found.shape == ((4, 4, 1, 1) if keepdim else (4, 4))
+
+
 def test_a_pool_that_an_addition_reads_stays_in_int8(tmp_path: Path) -> None:
     class Stem(nn.Module):
         def __init__(self) -> None:
