@@ -46,14 +46,16 @@ class QuantTrainer(Trainer):
 
     def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Shows what the config would do to the model: nothing is trained, changed or written."""
-        found: list[QuantFusionCallback] = []
+        found: list[str] = []
 
         def make(callback: QuantFusionCallback) -> None:
             callback.plan = callback._make_plan(self, model)
-            found.append(callback)
+            callback._attach_teacher(model)
+            found.append(callback.whole_plan())
+            callback._end_teaching()
 
         self._begin_fit(make, model, datamodule)
-        sys.stdout.write(f"{found[0].whole_plan()}\n")
+        sys.stdout.write(f"{found[0]}\n")
 
     def export(
         self,

@@ -32,7 +32,7 @@ from lightning_quant.company import ParameterGroups, check_precision, clock_of, 
 from lightning_quant.compression import Compresses, checked_lists
 from lightning_quant.config import PRESETS, ConfigError, parse_rules
 from lightning_quant.convert import convert_model, copy_of, load_weights, made_permanent, strayed, uncompiled, unobserved
-from lightning_quant.delivery import check_delivery, converted, unfinished, write_files, writes
+from lightning_quant.delivery import check_delivery, unfinished, write_files, writes
 from lightning_quant.export import Exported, export_options
 from lightning_quant.files import checked_folder
 from lightning_quant.layers import Plan
@@ -110,8 +110,9 @@ class QuantFusionCallback(Compresses):
             each tensor that was rounded: `quant/signal_to_noise/conv1._output_` in dB, `quant/effective_bits/conv1.weight`
             (see monitor.py; neither where nothing was lost) and `quant/clipped/conv1._output_`. Phases are logged as they begin,
             too. Numbers are those of all processes. None or 0: nothing is measured. On an accelerator such a step waits for the
-            device. What the callback was given goes to the loggers once, as hyperparameters `quant/config_list`,
-            `quant/settings`, `quant/schedule`.
+            device. `prune/sparsity` and `distill/<link>` (what each added to the loss) are logged then, too, or, left out, when
+            the Trainer's own numbers are. What the callback was given goes to the loggers once, as hyperparameters
+            `quant/config_list`, `quant/settings`, `quant/schedule`.
         verbose: 0 says nothing, 1 prints the plan, the phases as they begin and what was converted.
 
     Attributes:
@@ -225,7 +226,7 @@ class QuantFusionCallback(Compresses):
         """Attach with the state of a checkpoint, else that of the fit before (`own`), else anew."""
         folder = self._folder(trainer) if self.export else Path()  # a collective: on all ranks
         self.plan = plan = together(lambda: self._checked_plan(trainer, pl_module, folder))
-        self.deployed_model, self.exported, self.shrunk = None, (), None
+        self.deployed_model, self.exported, self.shrunk, self._told_why = None, (), None, False
         self._last.forget()
         entry = pl_module.get_submodule(self._entry)
         gather = partial(gathered, self.calibration, plan, trainer, pl_module, entry, self._example)
@@ -297,6 +298,7 @@ class QuantFusionCallback(Compresses):
         """Learn how long the run is, for moments that are shares of it; tell the loggers what was asked for."""
         restore_place(trainer)
         give_to_optimizers(pl_module, trainer.optimizers)
+        self._mask_after_steps(trainer.optimizers)
         self._log_settings(trainer, pl_module)
         if self.schedule.needs_total_steps or (self.pruning is not None and self.pruning.pace.needs_total_steps):
             steps = trainer.estimated_stepping_batches
@@ -363,6 +365,7 @@ class QuantFusionCallback(Compresses):
         """Convert a copy of the best checkpoint (or of the last weights) and export it."""
         saves_alone(pl_module)
         self._end_teaching()
+        self._end_masking()
         self._leave_ranks()  # of a fit that trained nothing
         folder = self._folder(trainer)  # a collective: on all ranks
         self._relink(pl_module)
@@ -405,12 +408,6 @@ class QuantFusionCallback(Compresses):
     def _unfinished(self, pl_module: nn.Module) -> str | None:
         """Why the model as it is now is not to be converted."""
         return None if self.config_list is None else unfinished(pl_module, self._phase, self._layers, self.schedule)
-
-    def _converted(self, twin: nn.Module) -> nn.Module:
-        """What ships of a copy of the trained model, which may be pruned alone."""
-        if self.config_list is None:
-            return copy_of(twin).eval()
-        return converted(twin, self._entry, self._example)
 
     def convert(self, pl_module: nn.Module) -> nn.Module:
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.

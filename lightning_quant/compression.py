@@ -3,25 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_quant.config import ConfigError, parse_pruning
-from lightning_quant.delivery import check_removal
+from lightning_quant.convert import copy_of
+from lightning_quant.delivery import check_removal, converted
 from lightning_quant.distillation import plain
 from lightning_quant.distiller import Distiller
 from lightning_quant.evaluation import EvaluatesAsShipped
 from lightning_quant.graph import Graph
 from lightning_quant.keys import DISTILLATION_METHODS
+from lightning_quant.masked import unmask_all
 from lightning_quant.masks import Masks, make_pruning
-from lightning_quant.prepare import drop_deployed_layers, prepared_groups
+from lightning_quant.prepare import LEARNED, drop_deployed_layers, prepared_groups
 from lightning_quant.pruning_plan import Pruning, PruningPlan
 from lightning_quant.schedule import Clock
 from lightning_quant.shrink import Shrunk, shrink_model, unread_values
@@ -52,6 +55,8 @@ class Compresses(EvaluatesAsShipped):
         self.masks: Masks | None = None
         self.pruning_plan: PruningPlan | None = None
         self.shrunk: Shrunk | None = None
+        self._told_why = False  # why there are no masks
+        self._handles: list[RemovableHandle] = []  # of the optimizers' hooks, while training goes on
 
     # -- attach ---------------------------------------------------------------------------------------------------------
 
@@ -75,13 +80,14 @@ class Compresses(EvaluatesAsShipped):
         """Modules have their own classes again, and the teacher is as it was; masked values stay zero."""
         super()._restore(pl_module)
         self._end_teaching()
-        if self.masks is not None:
-            self.masks.remove()
+        self._end_masking()
+        unmask_all(pl_module)  # those of another callback, too
         self.masks = None
 
     def _mask_untrained(self) -> None:
         """All masks at once, where no training follows."""
         if self.masks is not None and not self.masks.step(_END) and self.masks.done == 0:
+            self._told_why = True
             rank_zero_warn(f"{type(self).__name__}: these masks need gradients of training steps, and there are none: no masks.")
         self._mask_unread()
 
@@ -114,9 +120,8 @@ class Compresses(EvaluatesAsShipped):
                     "again. Use the `pruning` of that run, or load only its weights (load_from_checkpoint) and start a new fit."
                 )
             self.masks.load_state_dict(saved)
-        teaches = self._distiller is not None and self._distiller.links is not None  # not in an evaluation
-        if self._distiller is not None and teaches and state.get("distillation") is not None:
-            self._distiller.load_state_dict(state["distillation"])
+        if self._distiller is not None and state.get("distillation") is not None:
+            self._distiller.load_state_dict(state["distillation"])  # in an evaluation it is kept for the next fit
 
     def _masks_are_made(self) -> bool:
         """Whether no new masks are to come."""
@@ -136,6 +141,9 @@ class Compresses(EvaluatesAsShipped):
         new = masks is not None and masks.plan.options.pace.done_at(clock) > masks.done and masks.step(clock)
         if masks is not None and new:
             self._mask_unread()
+            for one in trainer.optimizers:
+                if isinstance(one, LBFGS):
+                    one.state.clear()  # its directions are of all values
         if masks is not None and new and self.verbose:
             whole = f"{masks.done} of {masks.plan.options.pace.steps}"
             rank_zero_info(
@@ -149,20 +157,31 @@ class Compresses(EvaluatesAsShipped):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Masks may need the gradients."""
         if self.masks is not None:
-            self.masks.after_backward()
+            self.masks.after_backward([one for group in optimizer.param_groups for one in group["params"]])
+            if isinstance(optimizer, LBFGS):
+                self.masks.mask_gradients()
+
+    def _mask_after_steps(self, optimizers: Sequence[Optimizer]) -> None:
+        """Have each step of these optimizers, of which a batch may have several, leave masked values 0."""
+        self._end_masking()
+        if (masks := self.masks) is not None:
+            self._handles = [one.register_step_post_hook(lambda *_: masks.apply()) for one in optimizers]
+
+    def _end_masking(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _end_compressed_batch(self) -> None:
         if self._distiller is not None:
             self._distiller.stop()
-        if self.masks is not None:
-            self.masks.apply()
 
     def sparsity(self) -> float:
         """The share of the values of masked parameters that are 0 by their masks; 0 without masks."""
         if self.masks is None:
             return 0.0
         masks = self.masks.by_target().values()
-        return 1 - sum(int(mask.sum()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
+        return sum(int((~mask).sum()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
 
     def _compression_numbers(self) -> dict[str, float]:
         """For loggers: how much is masked, and what each link to the teacher added in the last step."""
@@ -204,13 +223,16 @@ class Compresses(EvaluatesAsShipped):
         """`twin`, a copy of the trained model, masked, without the channels that are masked if they are to go."""
         if self.masks is None:
             return twin
-        if 0 < self.masks.done < self.masks.plan.options.pace.steps:
+        if not self._masks_are_made() and not self._told_why:
             done, of = self.masks.done, self.masks.plan.options.pace.steps
-            rank_zero_warn(f"{type(self).__name__}: the fit ended after {done} of {of} updates of its masks.")
-        found, parameters = self.masks.by_target(), dict(twin.named_parameters())
+            rank_zero_warn(
+                f"{type(self).__name__}: the fit ended after {done} of {of} updates of its masks; train longer, or let `stop` of "
+                "`pruning` come earlier."
+            )
+        found, parameters = self.masks.by_target(), dict(twin.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, mask in found.items():
-                parameters[name].mul_(mask.to(parameters[name].device))
+                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)  # not mul_: NaN would stay
         drop_deployed_layers(twin)
         if not self.masks.plan.options.shrink:
             return twin
@@ -227,11 +249,20 @@ class Compresses(EvaluatesAsShipped):
             rank_zero_info(f"{type(self).__name__}: masked channels removed\n{self.shrunk}")
         return self.shrunk.model
 
+    def _converted(self, twin: nn.Module) -> nn.Module:
+        """What ships of a copy of the trained model, which may be pruned or taught alone."""
+        if self.config_list is not None:
+            return converted(twin, self._entry, self._example)
+        deployed = copy_of(twin).eval().requires_grad_(False)
+        deployed.__dict__.pop(LEARNED, None)
+        return deployed
+
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """No hook and no borrowed teacher stays."""
         super().on_exception(trainer, pl_module, exception)
         self._end_teaching()
+        self._end_masking()
 
     def _end_teaching(self) -> None:
         if self._distiller is not None:

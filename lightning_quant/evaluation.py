@@ -147,8 +147,8 @@ class EvaluatesAsShipped(ManyProcesses):
         except ConfigError as error:
             self._restore(pl_module)
             raise ConfigError(
-                f"the checkpoint's quantizers cannot be attached for {stage}. If the config_list is that run's, {stage} calls "
-                f"the model in another way than training did: give example_input, or leave out this callback for float. {error}"
+                f"the checkpoint's state cannot be attached for {stage}: {error} If the callback has the arguments of that run, "
+                f"{stage} calls the model in another way than training did: give example_input, or leave it out for float."
             ) from error
         self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
 

@@ -69,12 +69,15 @@ class Logs:
     ) -> None:
         """After a training batch: log what was measured, once its step is through, and a phase that has begun.
 
-        `further`: measures what else there is, by the names under which it is logged.
+        `further`: measures what else there is, by the names under which it is logged; without a choice of `log_every_n_steps`
+        it is logged in steps of the Trainer's.
         """
         measured = self._meters is not None
         if measured and pl_module.automatic_optimization and trainer.global_step == self._begun:
             return  # where gradients are accumulated the step goes on
         if not measured and not self._changed:
+            if not self.every and _trainer_logs(trainer) and (others := further()):
+                self._send(trainer, {}, {}, others)
             return
         self._changed = False
         summary: dict[str, float] = {
@@ -83,7 +86,7 @@ class Logs:
             "freeze_batch_norm": int(phase.freeze_batch_norm),
         }
         each: dict[str, float] = {}
-        others: Mapping[str, float] = {}
+        others = {}
         if self._meters is not None:
             activations, self._meters = self._meters.stop(), None
             summary.update(clipped_summary(activations))
@@ -159,6 +162,12 @@ def _in_words(before: tuple[Phase, int], now: tuple[Phase, int], of: int) -> str
     if new.freeze_batch_norm != old.freeze_batch_norm:
         words.append("batch norm freezes" if new.freeze_batch_norm else "batch norm moves")
     return ", ".join(words)
+
+
+def _trainer_logs(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer's own numbers of this batch, the last of its step, go to loggers."""
+    every, loop = getattr(trainer, "log_every_n_steps", 0), trainer.fit_loop.epoch_loop
+    return every > 0 and (_step_to_log(trainer) + 1) % every == 0 and not loop._should_accumulate()
 
 
 def _step_to_log(trainer: pl.Trainer) -> int:

@@ -88,6 +88,12 @@ def carry_passing(old: nn.Module, new: nn.Module) -> None:
         mask_passing(new, old.__dict__[KEY])
 
 
+def unmask_all(model: nn.Module) -> None:
+    """`unmask_passing` for all modules of a model that is not prepared, whoever masked what passes there."""
+    for module in model.modules():
+        unmask_passing(module)
+
+
 def unmask_passing(module: nn.Module) -> None:
     """Give such a module its own class back."""
     if KEY not in module.__dict__:

@@ -216,6 +216,8 @@ def _end(name: str, targets: Sequence[str], rule: Rule, setting: Setting, module
     if name not in work.channels.ends or not (is_head(module) or is_batch_norm(module)):
         return ""
     for target in targets:
+        if is_input(target) and not is_batch_norm(module):
+            continue
         spec = _merged(rule, setting, module, target)
         fine = spec.get("metric") == "level" and "granularity" not in spec
         other = spec.get("granularity", "default") not in ("default", "out_channel")

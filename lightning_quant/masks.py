@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -90,29 +90,40 @@ class Masks:
     # -- training -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def after_backward(self) -> None:
+    def after_backward(self, parameters: Collection[Tensor] | None = None) -> None:
         """Take what a metric needs from the gradients of this step, and add the penalty of `slim` to them.
 
-        Nothing happens after the last update.
+        Nothing happens after the last update. `parameters`: those of the optimizer whose step follows; all, if left out.
         """
         if self.done >= self._pace.steps:
             return
+        stepped = None if parameters is None else set(map(id, parameters))
+        scales: dict[int, Tensor] = {}
         for name, target in self._targets.items():
             if not target.scored:
                 continue
             metric = METRICS[target.spec.metric]
             if metric.step is not None:
-                self._gather(name, target, metric)
+                parameter = self._parameter(self._modules[target.module], target)
+                if parameter.grad is not None and (stepped is None or id(parameter) in stepped):
+                    self._gather(name, target, metric, parameter.grad)
             elif target.spec.metric == "slim":
                 scale = self._scale(target)
-                if scale.grad is not None:
-                    scale.grad.add_(scale.sign(), alpha=self.plan.options.penalty)
+                scales[id(scale)] = scale  # of a layer and its batch norm it is the same
+        for key, scale in scales.items():
+            if scale.grad is not None and (stepped is None or key in stepped):
+                scale.grad.add_(scale.sign(), alpha=self.plan.options.penalty)
 
-    def _gather(self, name: str, target: MaskedTarget, metric: Metric) -> None:
-        parameter = self._parameter(self._modules[target.module], target)
-        if parameter.grad is None:
-            return
-        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Set the gradients of masked values to 0, for an optimizer that runs forwards in its step (LBFGS)."""
+        for name, owner, own, mask in self._acting:
+            gradient = _own(owner, own, name).grad
+            if gradient is not None:
+                gradient.mul_(mask.to(gradient.device))
+
+    def _gather(self, name: str, target: MaskedTarget, metric: Metric, gradient: Tensor) -> None:
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
         assert metric.step is not None
         step = metric.step(self._blocks(target, self._value(target)), self._blocks(target, gradient))
         step = step.nan_to_num_(0.0, 0.0, 0.0)  # a step that overflowed says nothing, and must not stay for ever
@@ -130,6 +141,11 @@ class Masks:
             packed = reduce(torch.cat([self._statistics[name] for name in names]))
             parts = packed.split([len(self._statistics[name]) for name in names])
             self._statistics.update(zip(names, parts, strict=True))
+
+    def __repr__(self) -> str:
+        masks = self.by_target().values()
+        gone, of = sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        return f"Masks({self.done} of {self._pace.steps} updates made, {gone:,} of {of:,} values masked)"
 
     def step(self, clock: Clock) -> bool:
         """Make new masks where the schedule has an update before the training step at `clock`, and apply them.
@@ -153,7 +169,7 @@ class Masks:
         """Set masked values to 0."""
         for name, owner, own, mask in self._acting:
             parameter = _own(owner, own, name)
-            parameter.mul_(mask if mask.device == parameter.device else mask.to(parameter.device))
+            parameter.masked_fill_(~(mask if mask.device == parameter.device else mask.to(parameter.device)), 0)  # NaN, too
         if self._acting and not self.model.training:
             drop_deployed_layers(self.model)
 

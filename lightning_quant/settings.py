@@ -251,7 +251,7 @@ _MASKED: Setting = {
 _PRUNED: list[tuple[Setting, tuple[type[nn.Module], ...]]] = [
     (_MASKED, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
     (_MASKED, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)),
-    ({"weight": {"granularity": "default", "apply_method": "mul"}}, (nn.Embedding,)),
+    ({"weight": {"granularity": "in_channel", "apply_method": "mul"}}, (nn.Embedding,)),
 ]
 
 

@@ -120,7 +120,7 @@ def test_an_evaluation_that_cannot_be_recorded_says_what_to_do(quiet_trainer: Tr
     saved(quiet_trainer, tmp_path / "a.ckpt", FUSED, Partial())
     model = Partial()
     before = fingerprint(model)[: len(list(model.modules()))]
-    with pytest.raises(ConfigError, match=r"attached for test\. .*in another way than training did: give example_input"):
+    with pytest.raises(ConfigError, match=r"attached for test: .*in another way than training did: give example_input"):
         run(quiet_trainer(callbacks=[quiet()]), "test", model, tmp_path / "a.ckpt")
     assert not prepared_groups(model)
     assert [row[:2] for row in fingerprint(model)[: len(before)]] == [row[:2] for row in before]

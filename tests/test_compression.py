@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from toys import FUSED, Lit, fingerprint, loader
 
 from lightning_quant import ConfigError, QuantFusionCallback, load_deployed
 from lightning_quant.integer import IntegerLayer
+from lightning_quant.masks import Masks, make_pruning
 from lightning_quant.prepare import prepared_groups, restore_model
-from lightning_quant.record import split_example
+from lightning_quant.record import record, split_example
+from lightning_quant.schedule import Clock
 
 TrainerMaker = Callable[..., Trainer]
 HALF: list[dict[str, Any]] = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -284,6 +287,218 @@ def test_in_manual_optimization_the_step_adds_the_loss(quiet_trainer: TrainerMak
     quiet_trainer(max_epochs=3, callbacks=[ours]).fit(model, loader(), loader(seed=1))
     automatic, _ = fitted(quiet_trainer, distillation="kl", teacher=teacher)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), automatic.parameters(), strict=True))
+
+
+# -- what a review found -------------------------------------------------------------------------------------------------------
+
+
+def test_masks_of_a_tied_parameter_by_its_later_name(quiet_trainer: TrainerMaker) -> None:
+    class Tied(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            ours: Any = self
+            ours.conv2.weight = nn.Parameter(ours.conv2.weight.detach().clone())
+            self.again = nn.Conv2d(8, 8, 3, padding=1)
+            self.again.weight = ours.conv2.weight
+
+    pruning = [{"op_names": ["again"], "sparse_ratio": 0.5, "metric": "level"}]
+    model, callback = fitted(quiet_trainer, model=Tied(), pruning=pruning)
+    assert float((model.get_submodule("conv2").weight == 0).float().mean()) == 0.5  # type: ignore[union-attr]
+    assert torch.equal(output(callback.deployed_model), output(model))
+
+
+def test_masks_that_never_come_are_said(quiet_trainer: TrainerMaker) -> None:
+    with pytest.warns(UserWarning, match=r"the fit ended after 0 of \d+ updates of its masks; train longer, or let `stop`"):
+        fitted(quiet_trainer, pruning={"config_list": HALF, "schedule": "one_shot", "start": "epoch 5"})
+
+
+def done_of(callback: QuantFusionCallback) -> int:
+    return 0 if callback.masks is None else callback.masks.done  # None: while the forward is recorded
+
+
+def test_masks_hold_behind_each_step_of_a_batch(quiet_trainer: TrainerMaker) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class TwoSteps(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                seen.append((rows(self.get_submodule("conv1").weight), done_of(callback)))  # type: ignore[arg-type]
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    callback = QuantFusionCallback(pruning={"config_list": HALF, "start": 2, "schedule": "one_shot"}, verbose=0, source="last")
+    quiet_trainer(max_epochs=2, callbacks=[callback]).fit(TwoSteps(), loader(), loader(seed=1))
+    assert {found for found, done in seen if not done} == {8} and {found for found, done in seen if done} == {4}
+
+
+def test_lbfgs_searches_among_masked_weights_alone(quiet_trainer: TrainerMaker) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Searches(Lit):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            seen.append((rows(self.get_submodule("conv1").weight), done_of(callback)))  # type: ignore[arg-type]
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+
+    callback = QuantFusionCallback(pruning={"config_list": HALF, "start": 2, "schedule": "one_shot"}, verbose=0, source="last")
+    trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
+    trainer.fit(Searches(), loader(), loader(seed=1))
+    assert {found for found, done in seen if not done} == {8} and {found for found, done in seen if done} == {4}
+    assert len(seen) > 2 * trainer.global_step  # forwards within steps
+
+
+def test_each_optimizers_gradients_count_once(quiet_trainer: TrainerMaker) -> None:
+    counts: dict[str, int] = {}
+
+    class Two(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()
+            counts.update({} if callback.masks is None else callback.masks._counts)
+
+        def configure_optimizers(self) -> Any:
+            ours: Any = self
+            heads = set(ours.conv2.parameters())
+            rest = [one for one in self.parameters() if one not in heads]
+            return [torch.optim.SGD(heads, lr=0.01), torch.optim.SGD(rest, lr=0.01)]
+
+    pruning = {
+        "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "metric": "taylor"}],
+        "schedule": "one_shot",
+        "start": 99,
+    }
+    callback = QuantFusionCallback(pruning=pruning, verbose=0, source="last")
+    trainer = quiet_trainer(max_epochs=1, callbacks=[callback])
+    with pytest.warns(UserWarning, match="the fit ended after 0 of"):
+        trainer.fit(Two(), loader(), loader(seed=1))
+    assert counts == {"conv1.weight": len(loader()), "conv2.weight": len(loader())}
+
+
+def test_a_scale_that_two_layers_are_judged_by_is_penalised_once() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    entries = [{"op_names": ["0", "1"], "sparse_ratio": 0.5, "metric": "slim"}]
+    graph = record(model, X)
+    masks = Masks(
+        model, make_pruning(model, {"config_list": entries, "penalty": 0.25, "start": 9, "schedule": "one_shot"}, graph)
+    )
+    model[1].weight.grad = torch.zeros(4)
+    masks.after_backward()
+    assert model[1].weight.grad.tolist() == [0.25] * 4
+
+
+def test_another_callback_finds_modules_of_their_own_class(quiet_trainer: TrainerMaker) -> None:
+    class Passing(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv0, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.act(self.conv0(x)))
+
+    follows = {"align": {"module_name": "conv0", "target_name": "weight", "dims": [0]}, "granularity": [-1, 1, -1, -1]}
+    pruning: list[dict[str, Any]] = [
+        {"op_names": ["conv0"], "sparse_ratio": 0.34},
+        {"op_names": ["act"], "target_settings": {"_output_": follows}},
+    ]
+    model = Passing()
+    fitted(quiet_trainer, model=model, pruning=pruning)
+    assert type(model.act) is not nn.ReLU
+    fitted(quiet_trainer, model=model, pruning=pruning)
+    fitted(quiet_trainer, "int8", model=model)
+    restore_model(model)
+    assert type(model.act) is nn.ReLU
+
+
+def test_nothing_of_the_teacher_ships(quiet_trainer: TrainerMaker) -> None:
+    wide: Any = Lit()
+    wide.conv1, wide.bn1, wide.conv2 = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 3, padding=1)
+    entries = [{"op_names": ["conv1"]}]
+    _, callback = fitted(quiet_trainer, distillation=entries, teacher=wide)
+    deployed = callback.deployed_model
+    assert [name for name in vars(deployed) if "learned" in name] == []
+    assert not any(one.requires_grad for one in deployed.parameters())
+
+
+def test_a_fit_behind_an_evaluation_of_its_checkpoint_knows_its_teacher(quiet_trainer: TrainerMaker, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"config_list": "int8", "distillation": "kl", "teacher": "self", "verbose": 0, "source": "last"}
+    torch.manual_seed(0)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[QuantFusionCallback(**given)])
+    trainer.fit(Lit(), loader(), loader(seed=1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    callback = QuantFusionCallback(**given)
+    later = quiet_trainer(max_epochs=2, callbacks=[callback])
+    later.validate(model := Lit(), loader(seed=1), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    later.fit(model, loader(), loader(seed=1))
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["QuantFusionCallback"]["distillation"]["teacher"]
+    again = callback.state_dict()["distillation"]["teacher"]
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_values_that_are_not_finite_do_not_stay_behind_a_mask(quiet_trainer: TrainerMaker) -> None:
+    class Overflows(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == 3:
+                gone = ~callback.masks.by_target()["conv1.weight"]  # type: ignore[union-attr]
+                pl_module.conv1.weight.data[gone] = torch.inf
+
+    callback = QuantFusionCallback(pruning=HALF, verbose=0, source="last")
+    quiet_trainer(max_epochs=2, callbacks=[callback, Overflows()]).fit(model := Lit(), loader(), loader(seed=1))
+    assert rows(model.get_submodule("conv1").weight) == 4  # type: ignore[arg-type]
+    assert callback.deployed_model is not None
+    assert bool(torch.isfinite(output(callback.deployed_model)).all())
+
+
+def test_losses_are_logged_when_the_trainers_are(quiet_trainer: TrainerMaker, all_three: dict[str, Any]) -> None:
+    sent: list[tuple[int, dict[str, float]]] = []
+
+    class Keeps(Logger):
+        name, version = "keeps", "0"
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            if any(name.startswith(("distill/", "prune/")) for name in metrics):
+                sent.append((step or 0, dict(metrics)))
+
+        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    callback = QuantFusionCallback(**all_three, verbose=0, source="last")
+    trainer = quiet_trainer(max_epochs=2, callbacks=[callback], logger=Keeps(), log_every_n_steps=3)
+    trainer.fit(Lit(), loader(), loader(seed=1))
+    assert [step for step, _ in sent] == list(range(2, trainer.global_step, 3)) and len(sent) >= 2
+    assert {*sent[-1][1]} == {"prune/sparsity", "distill/loss", "distill/_output_"}
+
+
+def test_the_inputs_of_the_last_layer_may_be_masked(quiet_trainer: TrainerMaker) -> None:
+    pruning = [{"op_types": ["Linear"], "target_names": ["_input_"], "sparse_ratio": 0.5}]
+    model, callback = fitted(quiet_trainer, pruning=pruning)
+    assert int(model.get_submodule("fc").weight.any(0).sum()) == 64 and callback.sparsity() == 0.5  # type: ignore[operator]
+    assert repr(callback.masks).endswith("updates made, 256 of 512 values masked)")
+
+
+def test_an_embedding_loses_features_not_words(quiet_trainer: TrainerMaker) -> None:
+    plan = make_pruning(
+        nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 2)), [{"op_types": ["Embedding"], "sparse_ratio": 0.5}], None
+    )
+    masks = Masks(model := nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 2)), plan)
+    assert masks.step(Clock(step=99, epoch=9, done=1.0, length=1.0))
+    assert int(model[0].weight.any(0).sum()) == 4 and bool(model[0].weight.any(1).all())  # type: ignore[operator]
 
 
 # -- what cannot be -------------------------------------------------------------------------------------------------------------
