@@ -413,10 +413,10 @@ class QuantFusionCallback(Compresses):
         """Convert a copy of `pl_module` as it is now, keep it as `deployed_model` and return it.
 
         Raises:
-            ConfigError: if it is not prepared or a range was never observed.
+            ConfigError: if it is not prepared, a range was never observed, or masks are another process's.
         """
         self._relink(pl_module)
-        twin = self._smaller(copy_of(pl_module)) if self.masks is not None else pl_module
+        twin = self._smaller(copy_of(pl_module)) if self.pruning is not None else pl_module
         self.deployed_model = deployed = self._converted(twin) if self.config_list is None else convert_model(twin)
         return deployed
 

@@ -27,7 +27,7 @@ from lightning_quant.masks import Masks, make_pruning
 from lightning_quant.prepare import LEARNED, drop_deployed_layers, prepared_groups
 from lightning_quant.pruning_plan import Pruning, PruningPlan
 from lightning_quant.schedule import Clock
-from lightning_quant.shrink import Shrunk, shrink_model, unread_values
+from lightning_quant.shrink import shrink_model, unread_values
 from lightning_quant.sources import read_config
 
 _END = Clock(step=2**62, epoch=2**62, done=1.0, length=1.0)
@@ -54,7 +54,6 @@ class Compresses(EvaluatesAsShipped):
             self._distiller = Distiller(self.distillation, teacher)
         self.masks: Masks | None = None
         self.pruning_plan: PruningPlan | None = None
-        self.shrunk: Shrunk | None = None
         self._told_why = False  # why there are no masks
         self._handles: list[RemovableHandle] = []  # of the optimizers' hooks, while training goes on
 
@@ -221,8 +220,13 @@ class Compresses(EvaluatesAsShipped):
 
     def _smaller(self, twin: nn.Module) -> nn.Module:
         """`twin`, a copy of the trained model, masked, without the channels that are masked if they are to go."""
-        if self.masks is None:
+        if self.pruning is None:
             return twin
+        if self.masks is None:
+            raise ConfigError(
+                "convert: there are no masks in this process, so nothing would be removed. Call fit before; of a fit in "
+                "processes of its own (ddp_spawn, ddp_notebook) deployed_model is the result."
+            )
         if not self._masks_are_made() and not self._told_why:
             done, of = self.masks.done, self.masks.plan.options.pace.steps
             rank_zero_warn(
@@ -247,7 +251,7 @@ class Compresses(EvaluatesAsShipped):
             )
         if self.verbose:
             rank_zero_info(f"{type(self).__name__}: masked channels removed\n{self.shrunk}")
-        return self.shrunk.model
+        return shrunk.model
 
     def _converted(self, twin: nn.Module) -> nn.Module:
         """What ships of a copy of the trained model, which may be pruned or taught alone."""

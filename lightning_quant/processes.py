@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class ManyProcesses(Callback):
         self._handover = Handover()
         self._plan: Plan | None = None
         self._deployed: nn.Module | None = None
+        self._shrunk: Any = None
+        self.pruning_plan: Any = None
         self._left: dict[str, Any] = {}  # the callback's state at the end of a fit elsewhere, and the module's fingerprint
         self._ranks: Ranks | None = None  # in training with several processes
 
@@ -57,11 +60,23 @@ class ManyProcesses(Callback):
     def deployed_model(self, model: nn.Module | None) -> None:
         self._deployed = model
 
+    @property
+    def shrunk(self) -> Any:
+        """What was removed, a `shrink.Shrunk`; None where nothing was. Of a fit elsewhere its `model` is `deployed_model`."""
+        self._take_over()
+        return self._shrunk
+
+    @shrunk.setter
+    def shrunk(self, shrunk: Any) -> None:
+        self._shrunk = shrunk
+
     def _take_over(self) -> None:
         """Take what a fit left that ran in processes of its own."""
         if found := self._handover.take():
             self._plan, self._left = found.get("plan"), found.get("left") or {}
             self._deployed = load_deployed(found["file"]) if "file" in found else found.get("deployed")
+            self.pruning_plan, shrunk = found.get("pruning_plan"), found.get("shrunk")
+            self._shrunk = None if shrunk is None else replace(shrunk, model=self._deployed)
 
     def _elsewhere(self) -> dict[str, Any]:
         """The callback's state at the end of the last fit, if that ran elsewhere."""
@@ -87,7 +102,9 @@ class ManyProcesses(Callback):
             state = self.state_dict()
             left = {"state": state, "module": fingerprint(trainer.lightning_module)} if state else {}
             place = None if getattr(trainer, "fast_dev_run", False) else folder
-            hand_over(self._handover, {"plan": self._plan, "left": left}, self._deployed, entry, place, example)
+            shrunk = None if self._shrunk is None else replace(self._shrunk, model=None)  # the deployed one comes along
+            parts = {"plan": self._plan, "left": left, "pruning_plan": self.pruning_plan, "shrunk": shrunk}
+            hand_over(self._handover, parts, self._deployed, entry, place, example)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 

@@ -222,6 +222,9 @@ def test_the_process_that_called_fit_has_the_deployed_model(strategy: str, tmp_p
     assert found["kind"] == "Lit"
     assert "conv1   bn1, relu1" in found["plan"]
     assert not found["handed"], "the file is read once"
+    assert found["removed"]["conv1.weight"] == found["removed"]["conv2.weight"] == (4, 8)
+    assert re.search("conv1 +weight +0.5", found["masked"])
+    assert re.match("convert: there are no masks in this process, so nothing would be removed", found["by hand"])
     assert found["files"] == ["epoch=0-step=4.ckpt", "last.ckpt", "model.pt2"]
     assert found["kinds"] == [type(module).__name__ for module in Lit().children()], "the parent's module is float"
     saved = torch.load(tmp_path / strategy / "last.ckpt", weights_only=True)

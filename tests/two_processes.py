@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import Lit
 
 import lightning_quant.quantizers
-from lightning_quant import QuantFusionCallback, load_deployed, make_plan, prepare_model
+from lightning_quant import ConfigError, QuantFusionCallback, load_deployed, make_plan, prepare_model
 from lightning_quant.monitor import RoundingLoss
 from lightning_quant.prepare import learned_parameters, quantizer_state, quantizers_of
 from lightning_quant.ranks import Ranks
@@ -494,7 +494,8 @@ def elsewhere(folder: Path, strategy: str) -> dict[str, Any]:
     """What the process that calls fit has when its children have trained."""
     torch.manual_seed(0)
     model, place = Lit(lr=0.01), folder / strategy
-    callback = QuantFusionCallback("int8", export=".pt2", dirpath=place, verbose=0)
+    pruning = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    callback = QuantFusionCallback("int8", pruning=pruning, export=".pt2", dirpath=place, verbose=0)
     keeper = ModelCheckpoint(dirpath=place, save_last=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = trainer_of(folder, callback, keeper, strategy=strategy, devices=2)
@@ -505,6 +506,12 @@ def elsewhere(folder: Path, strategy: str) -> dict[str, Any]:
         found = left(model, before=before, out=callback.deployed_model(x), filed=load_deployed(place / "model.pt2")(x))
     found.update(plan=str(callback.plan), kind=type(callback.deployed_model).__name__, handed=callback._handover.path.exists())
     found["files"] = sorted(one.name for one in place.iterdir())
+    assert callback.shrunk is not None and callback.shrunk.model is callback.deployed_model
+    found["removed"], found["masked"] = dict(callback.shrunk.removed), str(callback.pruning_plan)
+    try:
+        callback.convert(model)
+    except ConfigError as error:
+        found["by hand"] = str(error)
     found["kinds"] = [type(module).__name__ for module in model.children()]
     trainer.save_checkpoint(folder / "parent.ckpt")
     found["saved"] = torch.load(folder / "parent.ckpt", weights_only=True)["callbacks"]["QuantFusionCallback"]["decisions"]
