@@ -225,6 +225,7 @@ def test_some_pairs_exclude_each_other_and_some_do_not() -> None:
     assert valid({"op_types": ["Linear"], "sparse_ratio": 0.5, "max_sparse_ratio": 0.9}, "pruning")
 
 
+NO_OPTIONS: list[Any] = [[], {"a": 1}, "word", -0.5]
 OPTIONS: list[dict[str, Any]] = [
     *({"schedule": word} for word in ("one_shot", "linear", "agp")),
     *({"stop": moment} for moment in (5, 1, 0.9, 1.0, "epoch 3", "step 500", "80%", " 99.5 % ", "100%", "100.0%")),
@@ -244,7 +245,7 @@ def test_options_that_pruning_takes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({name: value} for name in [one.name for one in fields(Pruning)] for value in ([], {"a": 1}, "word", -0.5)),
+        *({name: value} for name in [one.name for one in fields(Pruning)] for value in NO_OPTIONS),
         *({"stop": moment} for moment in (-1, 1.5, True, "epoch", "3 epochs", "101%", "80 percent", "epoch 3.5")),
         {"updates": 0},
         {"shrink": 1},
@@ -296,7 +297,7 @@ def test_what_the_parser_of_distillation_takes_the_schema_takes(given: Any) -> N
 @pytest.mark.parametrize(
     "keys",
     [
-        *({key: value} for key in DISTILLATION for value in ([], {"a": 1}, True)),
+        *({key: value} for key in DISTILLATION for value in WRONG),
         *({"lambda": value} for value in (-0.1, "1", 1e31)),
         *({"temperature": value} for value in (0, -1, 1e7)),
         *({"dim": value} for value in (17, -17, 1.5, "1")),
