@@ -128,7 +128,7 @@ class QuantTrainer(Trainer):
         html: str | None = None,
         datamodule: LightningDataModule | None = None,
     ) -> None:
-        """Shows the layers of a checkpoint, and what quantization costs each.
+        """Shows the layers of a checkpoint: what quantization costs each, what pruning removes, bytes and operations.
 
         Args:
             model: the config's.
@@ -139,7 +139,8 @@ class QuantTrainer(Trainer):
         callback = self._attach(model, datamodule, _checkpoint(ckpt_path))
         if callback._entry:
             sys.stdout.write(f"names are those in {callback._entry!r}\n")
-        report = summarize(model.get_submodule(callback._entry), example_input=callback._example)
+        ships = model if callback.masks is None else callback._smaller(copy_of(model))
+        report = summarize(ships.get_submodule(callback._entry), example_input=callback._example)
         sys.stdout.write(f"{report}\n")
         if html is not None:
             with _writing("html", Path(html)):

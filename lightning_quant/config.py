@@ -7,13 +7,14 @@ What a rule means for a given module (precedence, defaults, targets that exist) 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_quant.keys import (
     DISTILLATION,
+    DISTILLATION_ENTRY,
     DISTILLATION_METHODS,
     ENTRY,
     QUANTIZATION,
@@ -27,7 +28,6 @@ from lightning_quant.keys import (
     guess,
     is_list,
     number,
-    target_settings,
     unknown_key,
 )
 from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
@@ -343,14 +343,6 @@ def contradictions(keys: Mapping[str, Any], where: str) -> Problems:
     return problems
 
 
-_DISTILLATION_ENTRY: dict[str, Key] = {
-    **SELECTION,
-    "target_names": ENTRY["target_names"],
-    "target_settings": replace(ENTRY["target_settings"], check=target_settings(DISTILLATION)),
-    **DISTILLATION,
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class DistillationRules:
     """What `distillation` says, checked as far as that needs no model. `own`: the weight of the loss of the user's own step."""
@@ -390,7 +382,7 @@ def parse_distillation(given: Any) -> DistillationRules:
             DISTILLATION["apply_method"].check(entry, where, problems)
             rules.append(Rule(where=where, settings={"apply_method": entry}))
         else:
-            rules.append(rule := _rule(entry, where, problems, rows=_DISTILLATION_ENTRY, keys=DISTILLATION, selecting=False))
+            rules.append(rule := _rule(entry, where, problems, rows=DISTILLATION_ENTRY, keys=DISTILLATION, selecting=False))
             if rule is not None and not selects(rule) and any(getattr(rule, f"exclude_{key}") for key in _SELECTING):
                 problems.append(f"{where}: there are only exclude keys; give op_names, op_names_re or op_types, too.")
     raise_problems(problems)

@@ -23,6 +23,7 @@ from lightning_quant.intercept import OperatorGroup, deploy_sites, is_owner, ope
 from lightning_quant.masked import carry_passing
 from lightning_quant.prepare import LEARNED, prepared_groups, quantizers_of
 from lightning_quant.sites import Operator
+from lightning_quant.sparsity import came, note_came, sizes_before
 from lightning_quant.wrapped import QuantizedModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,8 +70,12 @@ def convert_model(model: nn.Module, *, mode: str = "integer") -> nn.Module:
     for owner in [module for module in deployed.modules() if is_owner(module)]:
         deploy_sites(owner)
     names = {id(module): name for name, module in deployed.named_modules()}
-    for head, group in groups:
-        _deploy(deployed, head, group, names)
+    sizes = sizes_before(deployed)
+    before = [came((*group.ahead, head, *group.members), sizes) for head, group in groups]
+    for (head, group), one in zip(groups, before, strict=True):
+        layer = _deploy(deployed, head, group, names)
+        if layer is not None:
+            note_came(layer, one)
     return set_mode(deployed.eval(), mode)
 
 
@@ -145,12 +150,12 @@ def _everything(deployed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from layer.named_modules(prefix=f"{name}.operator_{number}")
 
 
-def _deploy(deployed: nn.Module, head: nn.Module, group: Group, names: Mapping[int, str]) -> None:
-    """Put the integer layer of a group in the place of its head, and nothing in that of its members."""
+def _deploy(deployed: nn.Module, head: nn.Module, group: Group, names: Mapping[int, str]) -> nn.Module | None:
+    """Put the integer layer of a group, returned, in the place of its head, and nothing in that of its members."""
     for member in (*group.ahead, *group.members):
         replace_module(deployed, member, nn.Identity())
     if isinstance(group, OperatorGroup):
-        return
+        return None
     replace_module(deployed, head, layer := group.deploy(head))
     if isinstance(group, Ending) and isinstance(group.activation, Operator):
         layer.register_forward_hook(group.stamp)
@@ -162,6 +167,7 @@ def _deploy(deployed: nn.Module, head: nn.Module, group: Group, names: Mapping[i
         group.activation._forward_hooks.clear()
         group.activation._forward_pre_hooks.clear()
         layer.take_over(group.activation, names.get(id(group.activation), ""))
+    return layer
 
 
 def _hooked(model: nn.Module) -> list[str]:

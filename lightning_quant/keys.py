@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SCHEMES = ("affine", "symmetric")
@@ -409,18 +409,22 @@ ENTRY: dict[str, Key] = {
     ),
     **QUANTIZATION,
 }
+WEIGHT_OF_LOSS = {"type": "number", "minimum": 0, "maximum": 1e30}
+_WORD = "[A-Za-z_][A-Za-z0-9_]*"
 DISTILLATION: dict[str, Key] = {
-    "lambda": Key(check=number(0, 1e30), schema={}, values="a number from 0", default="1.0", text="Weight of this loss."),
+    "lambda": Key(
+        check=number(0, 1e30), schema=WEIGHT_OF_LOSS, values="a number from 0", default="1.0", text="Weight of this loss."
+    ),
     "link": Key(
         check=_link,
-        schema={},
+        schema={"anyOf": [{"type": "string"}, _NAMES]},
         values="`auto`, a name, a list of names",
         default="auto",
         text="The teacher's module, by name; `auto` is the one of the same name. Of a list, the nearest one in each batch.",
     ),
     "apply_method": Key(
         check=_distillation_method,
-        schema={},
+        schema={"anyOf": [_one_of(*DISTILLATION_METHODS), {"type": "string", "pattern": rf"^{_WORD}(\.{_WORD})+$"}]},
         values=", ".join(f"`{name}`" for name in DISTILLATION_METHODS) + "; a function of (student, teacher) or its path",
         default="mse",
         text="The loss. `mse`: the mean squared difference. `kl`: KL divergence of softened classes, times the square of the "
@@ -428,15 +432,30 @@ DISTILLATION: dict[str, Key] = {
         "normalised maps of where activations are great (Zagoruyko and Komodakis 2017). All are means over positions.",
     ),
     "temperature": Key(
-        check=_temperature, schema={}, values="a number above 0", default="2.0", text="Of `kl`: what logits are divided by."
+        check=_temperature,
+        schema={"type": "number", "exclusiveMinimum": 0, "maximum": 1e6},
+        values="a number above 0",
+        default="2.0",
+        text="Of `kl`: what logits are divided by.",
     ),
     "dim": Key(
         check=number(-16, 16, whole=True),
-        schema={},
+        schema={"type": "integer", "minimum": -16, "maximum": 16},
         values="an integer",
         default="1 from four dimensions on and for layers of sequences (`Conv1d`), else the last; linear layers: the last",
         text="The dimension of classes, channels or features.",
     ),
+}
+DISTILLATION_ENTRY: dict[str, Key] = {
+    **SELECTION,
+    "target_names": ENTRY["target_names"],
+    "target_settings": replace(
+        ENTRY["target_settings"],
+        check=target_settings(DISTILLATION),
+        schema={"type": "object", "additionalProperties": {"$ref": "#/$defs/distillation_target"}},
+        text="For one target, any of the distillation keys; they overrule the entry's own, key by key.",
+    ),
+    **DISTILLATION,
 }
 # What stands in lists of its own; "sparsity" is what older NNI called a ratio. A test holds the names to the rows.
 _ELSEWHERE = {

@@ -26,10 +26,11 @@ from lightning_quant.integer import ActivatedLayer, IntegerLayer, PartlyIntegerL
 from lightning_quant.intercept import SITES, Deployed, Done, RoundedOperator, Sites, disown, is_owner, own
 from lightning_quant.layer_data import Data, Stamps, layer_data, made_layer, made_operator, operator_data, other_shape
 from lightning_quant.masked import masks_passing
-from lightning_quant.narrow import CUTS, cut_alike
+from lightning_quant.narrow import cut_alike
 from lightning_quant.plan import forward_graph
 from lightning_quant.prepare import restore_model, take_no_fast_path
 from lightning_quant.sites import SHARED, Operator, Site
+from lightning_quant.sparsity import CAME, CUTS
 from lightning_quant.wrapped import QuantizedModule
 
 Key = tuple[str, Any, int]
@@ -97,7 +98,8 @@ def manifest_of(deployed: nn.Module) -> Data:
     for path, name, module in _own_names(deployed):
         if isinstance(module, IntegerLayer | PartlyIntegerLayer | ActivatedLayer | QuantizedModule):
             marks = [hook for hook in module._forward_hooks.values() if isinstance(hook, Stamp)]
-            layers.append({"name": name, "path": path, "stamp": stamps.number(marks[0] if marks else None), **layer_data(module)})
+            known = {"name": name, "path": path, "came": module.__dict__.get(CAME)}
+            layers.append({**known, "stamp": stamps.number(marks[0] if marks else None), **layer_data(module)})
         elif type(module) is nn.Identity:
             idle.append(name)
         if is_owner(module):
@@ -170,6 +172,7 @@ def rebuilt(model: nn.Module, manifest: Data, state: Mapping[str, Any], *, examp
     net = restore_model(copy_of(model)).to("cpu").eval()
     if manifest["cuts"] is not None:
         cut_alike(net, manifest["cuts"])
+        net.__dict__[CUTS] = manifest["cuts"]
     return _rebuilt(net, manifest, state, _places(net, manifest["owners"], example_input))
 
 
@@ -186,6 +189,8 @@ def _rebuilt(net: nn.Module, manifest: Data, state: Mapping[str, Any], places: P
         new = made_layer(data, old, data["name"], functools.partial(_found, net), state, prefix)
         if (stamp := stamps.of(data["stamp"])) is not None:
             new.register_forward_hook(stamp)
+        if data.get("came") is not None:
+            new.__dict__[CAME] = data["came"]
         if old is net:
             net = new
         else:

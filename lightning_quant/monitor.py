@@ -32,7 +32,7 @@ from lightning_quant.keys import WEIGHT
 from lightning_quant.patterns import BatchNorm
 from lightning_quant.prepare import apply_phase, prepared_groups, quantizers_of, simulated
 from lightning_quant.quantizers import ActivationQuantizer, Grid, SignGrid, wide
-from lightning_quant.record import copied, moved, split_example, undisturbed
+from lightning_quant.record import copied, moved, multiply_adds, split_example, undisturbed
 from lightning_quant.schedule import Phase
 from lightning_quant.targets import owner_of, tensors_in
 from lightning_quant.weights import WeightQuantizer
@@ -296,17 +296,7 @@ def measured_on(model: nn.Module, example_input: Any) -> Measured:
             quantizer.meter = None
         for group, (phase, partly) in zip(groups, before, strict=True):
             group.phase, group.partly = phase, partly
-    return comparison.result(exact, rounded, _multiply_adds(model, counter))
-
-
-def _multiply_adds(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
-    """By the names of modules; torch counts two operations a multiply-add."""
-    root, found = type(model).__name__, {}
-    for name, counts in counter.get_flop_counts().items():
-        own = "" if name == "Global" else name.removeprefix(f"{root}.")
-        if name == "Global" or own != name:
-            found[own] = sum(counts.values()) // 2
-    return found
+    return comparison.result(exact, rounded, multiply_adds(model, counter))
 
 
 def counted_on(model: nn.Module, example_input: Any) -> dict[str, int]:
@@ -314,7 +304,7 @@ def counted_on(model: nn.Module, example_input: Any) -> dict[str, int]:
     args, kwargs = split_example(moved(example_input, _device_of(model)))
     with undisturbed(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*copied(args), **copied(kwargs))
-    return _multiply_adds(model, counter)
+    return multiply_adds(model, counter)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -20,6 +20,7 @@ from lightning_quant.keys import INPUT, OUTPUT
 from lightning_quant.methods import LsqWeight
 from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizers_of
 from lightning_quant.quantizers import ActivationQuantizer
+from lightning_quant.sparsity import CUTS
 from lightning_quant.targets import is_input
 from lightning_quant.units import OUT, Conv, Flow
 from lightning_quant.weights import MseWeight, WeightGrid, WeightQuantizer
@@ -34,11 +35,12 @@ def first_names(model: nn.Module) -> dict[str, str]:
 
 # -- what was cut out of a model, kept with it ------------------------------------------------------------------------
 
-CUTS = "_lightning_quant_cuts"  # in the `__dict__` of a model that was made smaller, so that a net of its class can be, too
 
+def keep_cuts(model: nn.Module, small: nn.Module, cuts: Cuts, work: Mapping[str, list[int]]) -> None:
+    """Note in `small` what was cut out of `model`, where their tensors have other names in it: the names are those in `small`.
 
-def keep_cuts(model: nn.Module, small: nn.Module, cuts: Cuts) -> None:
-    """Note in `small` what was cut out of `model`, where their tensors have other names in it: the names are those in `small`."""
+    `work`: multiply-adds before and after, by the names of modules in `small`.
+    """
     own, tensors = first_names(model), dict(stored_tensors(model))
     first = {id(tensor): name for name, tensor in tensors.items()}
     names = {first[id(tensor)]: name for name, tensor in stored_tensors(small).items() if id(tensor) in first}
@@ -50,6 +52,7 @@ def keep_cuts(model: nn.Module, small: nn.Module, cuts: Cuts) -> None:
         "heads": {heads[id(model.get_submodule(name))]: gone for name, gone in cuts.heads.items()},
         "norms": {heads[id(model.get_submodule(name))]: count for name, count in cuts.norms.items()},
         "shapes": {names[name]: list(tensors[name].shape) for name in cuts.names() if name in names},
+        "multiply_adds": dict(work),
     }
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_quant.graph import DROP_FUNCTIONS, OUTSIDE, TAKES_VALUES, Boundary, Graph, Node, Seen, keeps_grid, module_passes
 from lightning_quant.keys import INPUT
@@ -262,6 +263,16 @@ class _UnseenReads(TorchDispatchMode):
         result = func(*args, **kwargs)
         recorder.add("function", str(func), str(func), (args, kwargs), result, False, reads)
         return result
+
+
+def multiply_adds(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+    """What was counted while `model` was called, by the names of modules, "" for it all; two operations are a multiply-add."""
+    root, found = type(model).__name__, {}
+    for name, counts in counter.get_flop_counts().items():
+        own = "" if name == "Global" else name.removeprefix(f"{root}.")
+        if name == "Global" or own != name:
+            found[own] = sum(counts.values()) // 2
+    return found
 
 
 def _part_of_model(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:

@@ -22,7 +22,8 @@ from lightning_quant.patterns import TRANSPOSED
 from lightning_quant.prepare import prepared_groups
 from lightning_quant.quantizers import ActivationQuantizer, BlockGrid, Grid, SignGrid
 from lightning_quant.sites import Operator
-from lightning_quant.summary import LayerReport, Report, TensorReport
+from lightning_quant.sparsity import Came, added, came_of, is_smaller, noted, sizes_before, work_before
+from lightning_quant.summary import Before, LayerReport, Report, TensorReport
 from lightning_quant.targets import is_input, owner_of
 from lightning_quant.wrapped import ModuleGroup, QuantizedModule
 
@@ -32,35 +33,53 @@ _Found = TypeVar("_Found")
 
 
 def summarize(model: nn.Module, *, example_input: Any = None) -> Report:
-    """The report of a prepared or deployed model; the model is as before.
+    """The report of a prepared, pruned or deployed model; the model is as before.
 
     A deployed model has no float weights any more to be compared with: signal-to-noise ratios are those of a prepared one.
+    Weights that are 0 in float show as sparsity. Where pruning removed channels the report has every number before and after;
+    after a fit that removes them `callback.deployed_model` is smaller, and `callback.shrunk.model` the same, prepared.
 
     Args:
-        model: what `prepare_model`, a fit with the callback, `convert_model` or `callback.deployed_model` gives.
+        model: what `prepare_model`, a fit with the callback, `convert_model`, `callback.deployed_model` or `shrink_model` gives.
         example_input: what `model` is called with, as for `make_plan`; a batch of real data, say. A prepared model is run on it
             in eval mode, in float and with everything rounded: activations and the outputs of the model then have the
             signal-to-noise ratio between the two, activations the share of values that their grid cuts off, layers their
             multiply-adds. The activations of one run are kept meanwhile. Of a deployed model multiply-adds alone are counted.
 
     Raises:
-        ConfigError: if the model is neither prepared nor deployed, or cannot be called with `example_input`.
+        ConfigError: if the model is neither prepared nor deployed nor pruned, or cannot be called with `example_input`.
     """
-    if groups := prepared_groups(model):
-        return _of_prepared(model, groups, example_input)
-    layers = list(_deployed_layers(model))
-    if not layers:
+    groups = prepared_groups(model)
+    return _of_prepared(model, groups, example_input) if groups else _of_deployed_model(model, example_input)
+
+
+def _of_deployed_model(model: nn.Module, example_input: Any) -> Report:
+    deployed = list(_deployed_layers(model))
+    counts = {} if example_input is None else _called(counted_on, model, example_input)
+    past, came = _Past(model, counts), [noted(module) for _, module in deployed]
+    layers = [
+        replace(_of_deployed(name, module), **past.of(name, one), multiply_adds=counts.get(name))
+        for (name, module), one in zip(deployed, came, strict=True)
+    ]
+    held = {id(tensor): tensor for _, module in deployed for tensor in (*module.parameters(), *module.buffers())}
+    floats: dict[int, Tensor] = {}
+    pruned = list(past.pruned(held, floats))
+    if not layers and not pruned:
         raise ConfigError(
-            f"summarize: {type(model).__name__} is neither prepared nor deployed; call prepare_model(model, plan) first, or give "
-            "what convert_model returns."
+            f"summarize: {type(model).__name__} is neither prepared nor deployed nor pruned; call prepare_model(model, plan) "
+            "first, or give what convert_model returns."
         )
-    notes = ["deployed: float weights are gone, so nothing is known of signal-to-noise ratios; summarize the prepared model"]
+    notes = ["nothing is quantized; the layers are those with weights that are 0, or were removed"]
+    if layers:
+        notes = ["deployed: float weights are gone, so nothing is known of signal-to-noise ratios; summarize the prepared model"]
     if any(one.dtype.startswith("uint") for layer in layers for one in (*layer.of("input"), *layer.of("output"))):
         notes.append(
             "deployed activations are unsigned integers: what was configured as int8 is uint8, its zero point moved by 128"
         )
-    counts = {} if example_input is None else _called(counted_on, model, example_input)
-    return _whole(model, [replace(layer, multiply_adds=counts.get(layer.name)) for layer in layers], None, counts, tuple(notes))
+    came.append(came_of(floats.values(), past.sizes))
+    parameters, float_bytes = (sum(getattr(one, key) for one in (*layers, *pruned)) for key in ("parameters", "float_bytes"))
+    sums = {"parameters": parameters, "float_bytes": float_bytes}
+    return _whole(model, [*layers, *pruned], sums, {**held, **floats}, past, came, notes=tuple(notes))
 
 
 def _called(measure: Callable[[nn.Module, Any], _Found], model: nn.Module, example_input: Any) -> _Found:
@@ -81,7 +100,9 @@ def _of_prepared(model: nn.Module, groups: Mapping[str, tuple[nn.Module, Group]]
         stored.setdefault(one.layer, []).append(one)
     names = {id(module): name for name, module in model.named_modules()}
     ordered = sorted(groups.items(), key=lambda item: item[1][1].place)  # as the data goes
-    layers = [_of_group(head, group, stored.get(name, []), measured, names) for name, (head, group) in ordered]
+    past, held = _Past(model, measured.multiply_adds), _tensors_of(groups.values())
+    layers = [_of_group(head, group, stored.get(name, []), measured, past, names) for name, (head, group) in ordered]
+    layers += past.pruned(dict(held), held)
     blind = [group.name for _, (_, group) in ordered if not group.ready]
     notes = [f"no ranges yet: {', '.join(blind)}"] if blind else []
     if blind and measured.output is not None:  # these were not rounded, so the number would be that of another model
@@ -89,44 +110,95 @@ def _of_prepared(model: nn.Module, groups: Mapping[str, tuple[nn.Module, Group]]
         measured = replace(measured, output=None)
     if measured.strayed:
         notes.append(f"called otherwise when rounded than in float, and left out: {', '.join(measured.strayed)}")
-    return _whole(model, layers, measured, measured.multiply_adds, tuple(notes))
+    sums = {
+        "parameters": sum(t.numel() for t in held.values() if isinstance(t, nn.Parameter)),
+        "float_bytes": _bytes(held.values()),
+    }
+    came = [came_of(held.values(), past.sizes)]
+    return _whole(model, layers, sums, held, past, came, signal_to_noise=measured.output, notes=tuple(notes))
+
+
+def _tensors_of(groups: Iterable[tuple[nn.Module, Group]]) -> dict[int, Tensor]:
+    """The parameters and buffers of prepared layers, by their ids."""
+    modules = [one for head, group in groups for one in _modules_of(head, group)]
+    return {id(tensor): tensor for one in modules for tensor in (*one.parameters(), *one.buffers())}
+
+
+def _modules_of(head: nn.Module, group: Group) -> list[nn.Module]:
+    """The modules of a prepared layer."""
+    modules = [one for one in (*group.ahead, *group.members) if not isinstance(one, Operator)]
+    return modules if isinstance(group, OperatorGroup) else [*modules, head]
+
+
+class _Past:
+    """What the layers of a model were before pruning removed channels, where it did.
+
+    `counts`: multiply-adds of the model as it is, by the names of modules.
+    """
+
+    def __init__(self, model: nn.Module, counts: Mapping[str, int]) -> None:
+        self.model, self.counts = model, counts
+        self.sizes, self.work, self.smaller = sizes_before(model), work_before(model, counts), is_smaller(model)
+
+    def of(self, name: str, one: Came | None) -> dict[str, Any]:
+        """The fields of the report of a layer, or of the model, that say it."""
+        if one is None:
+            return {}
+        work = self.work.get(name, self.counts.get(name))
+        before = Before(parameters=one.parameters, float_bytes=one.float_bytes, multiply_adds=work)
+        return {"sparsity": one.sparsity, "before": before if self.smaller else None}
+
+    def pruned(self, held: Mapping[int, Tensor], found: dict[int, Tensor]) -> Iterable[LayerReport]:
+        """The layers that have zeros in their weights, or less of these, beside those with the tensors `held`.
+
+        `found`: where their tensors go, by their ids.
+        """
+        for name, module in self.model.named_modules():
+            tables = (module._parameters, module._buffers)
+            own = [one for table in tables for one in table.values() if one is not None and id(one) not in held]
+            one = came_of(own, self.sizes)
+            if one.sparsity is None:
+                continue
+            found.update((id(tensor), tensor) for tensor in own)
+            past = self.of(name, one) if name else {**self.of(name, one), "before": None}
+            yield LayerReport(
+                name=name,
+                type=own_class(module).__name__,
+                fused=(),
+                tensors={},
+                parameters=sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter)),
+                float_bytes=_bytes(own),
+                stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in own),
+                multiply_adds=self.counts.get(name) if name else None,
+                **past,
+            )
 
 
 def _whole(
     model: nn.Module,
     layers: Sequence[LayerReport],
-    measured: Measured | None,
-    counts: Mapping[str, int],
-    notes: tuple[str, ...],
+    sums: Mapping[str, int],
+    held: Mapping[int, Tensor],
+    past: _Past,
+    came: Sequence[Came | None],
+    **more: Any,
 ) -> Report:
-    heads = {layer.name for layer in layers}
-    held: dict[int, Tensor] = {}
-    for name, module in model.named_modules():
-        if any(name == head or name.startswith(f"{head}.") for head in heads):
-            held.update((id(tensor), tensor) for tensor in (*module.parameters(), *module.buffers()))
-    for _, group in prepared_groups(model).values():
-        members = [m for m in (*group.ahead, *group.members) if not isinstance(m, Operator)]
-        held.update((id(tensor), tensor) for module in members for tensor in (*module.parameters(), *module.buffers()))
+    """The report of these layers, which have the tensors `held` and these `sums`, with the rest. `came`: what they were."""
     everything = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     others = [tensor for key, tensor in everything.items() if key not in held]
-    other = _bytes(others)
+    other, rest = _bytes(others), came_of(others, past.sizes)
     known = [layer.stored_bytes for layer in layers if layer.stored_bytes is not None]
-    if measured is None:  # deployed: what is held are integers
-        parameters = sum(layer.parameters for layer in layers)
-        float_bytes = sum(layer.float_bytes for layer in layers)
-    else:
-        parameters = sum(tensor.numel() for tensor in held.values() if isinstance(tensor, nn.Parameter))
-        float_bytes = _bytes(held.values())
+    whole = added([one for one in came if one is not None])
     return Report(
         model=own_class(model).__name__,
         layers=tuple(layers),
-        parameters=parameters + sum(tensor.numel() for tensor in others if isinstance(tensor, nn.Parameter)),
-        float_bytes=other + float_bytes,
+        parameters=sums["parameters"] + sum(tensor.numel() for tensor in others if isinstance(tensor, nn.Parameter)),
+        float_bytes=other + sums["float_bytes"],
         stored_bytes=other + sum(known) if len(known) == len(layers) else None,
         other_bytes=other,
-        multiply_adds=counts.get(""),
-        signal_to_noise=None if measured is None else measured.output,
-        notes=notes,
+        multiply_adds=past.counts.get(""),
+        **{**past.of("", added([whole, rest])), "sparsity": whole.sparsity, "other_bytes_before": rest.float_bytes},
+        **more,
     )
 
 
@@ -139,14 +211,18 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _of_group(
-    head: nn.Module, group: Group, stored: Sequence[StoredParameter], measured: Measured, names: Mapping[int, str]
+    head: nn.Module,
+    group: Group,
+    stored: Sequence[StoredParameter],
+    measured: Measured,
+    past: _Past,
+    names: Mapping[int, str],
 ) -> LayerReport:
     tensors = {target: _of_activation(target, one, measured) for target, one in _activations(group)}
     parameters = [_of_parameter(one, head) for one in stored]
     inputs = {target: one for target, one in tensors.items() if is_input(target)}
     tensors = {**inputs, **{one.target: one for one in parameters}, **tensors}
-    modules = [one for one in (*group.ahead, *group.members) if not isinstance(one, Operator)]
-    modules += [] if isinstance(group, OperatorGroup) else [head]
+    modules = _modules_of(head, group)
     held = {id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())}
     trained = {id(p): p for module in modules for p in module.parameters()}
     kind = "operator" if isinstance(group, OperatorGroup) else own_class(head).__name__
@@ -159,6 +235,7 @@ def _of_group(
         float_bytes=_bytes(held.values()),
         stored_bytes=_stored_bytes(head, group),
         multiply_adds=None if isinstance(group, OperatorGroup) else measured.multiply_adds.get(group.name),
+        **({} if isinstance(group, OperatorGroup) else past.of(group.name, came_of(held.values(), past.sizes))),
     )
 
 
@@ -262,14 +339,14 @@ def _stored_bytes(head: nn.Module, group: Group) -> int | None:
 # -- deployed layers --------------------------------------------------------------------------------------------------
 
 
-def _deployed_layers(model: nn.Module) -> Iterable[LayerReport]:
+def _deployed_layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside):
             continue
         if isinstance(module, ActivatedLayer | IntegerLayer | PartlyIntegerLayer | QuantizedModule | RoundedOperator):
             inside.append(name)
-            yield _of_deployed(name, module)
+            yield name, module
 
 
 def _of_deployed(name: str, module: nn.Module) -> LayerReport:

@@ -1,45 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owns the reference of the config language, generated from `keys.py`: `config_list.schema.json` and `CONFIG.md`.
+"""Owns the reference of the config language, generated from `keys.py`: a JSON schema for each kind of file, and `CONFIG.md`.
 
-`python -m lightning_quant.schema` writes both beside this file; a test holds them to the code.
+`python -m lightning_quant.schema` writes them beside this file; a test holds them to the code.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.config import PRESETS
-from lightning_quant.keys import DISTILLATION, ENTRY, QUANTIZATION, SELECTION, Blocks, Key
+from lightning_quant.config import PRESETS, contradictions
+from lightning_quant.keys import (
+    DISTILLATION,
+    DISTILLATION_ENTRY,
+    DISTILLATION_METHODS,
+    ENTRY,
+    QUANTIZATION,
+    SELECTION,
+    WEIGHT_OF_LOSS,
+    Blocks,
+    Key,
+)
 from lightning_quant.pruning_keys import PRUNING, PRUNING_ENTRY
+from lightning_quant.schedule import CURVES
 from lightning_quant.settings import OPERATORS, PruningSetting, QuantizationSetting
 
 FOLDER = Path(__file__).parent
-SCHEMA, PAGE = FOLDER / "config_list.schema.json", FOLDER / "CONFIG.md"
+_SELECTS = {"anyOf": [{"required": [name]} for name in ("op_names", "op_names_re", "op_types")]}
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a `config_list`, as YAML or JSON hold it; `#/$defs/pruning` is that of `pruning`."""
-    masked = {"$ref": "#/$defs/pruning_entry"}
-    masks = {"anyOf": [masked, {"type": "array", "minItems": 1, "items": masked}]}
-    with_options = {"type": "object", "properties": {"config_list": masks}, "required": ["config_list"]}
+def config_list_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a `config_list`, as YAML or JSON hold it."""
     part = {"anyOf": [{"$ref": "#/$defs/preset"}, {"$ref": "#/$defs/entry"}]}
     whole = {"anyOf": [*part["anyOf"], {"type": "array", "minItems": 1, "items": part}]}
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "lightning_quant config_list",
-        "anyOf": [*whole["anyOf"], {"type": "object", "properties": {"config_list": whole}, "required": ["config_list"]}],
+        **_head("config_list"),
+        "anyOf": [*whole["anyOf"], _with_options(whole, {})],
         "$defs": {
             "preset": {"enum": list(PRESETS), "description": "A preset, which stands for its entries."},
-            "entry": _entry(ENTRY, QUANTIZATION),
+            "entry": {**_entry(ENTRY, QUANTIZATION), **_SELECTS},
             "target": _target(QUANTIZATION),
-            "pruning": {"anyOf": [*masks["anyOf"], with_options]},
-            "pruning_entry": _entry(PRUNING_ENTRY, PRUNING),
-            "pruning_target": _target(PRUNING),
         },
     }
+
+
+def pruning_schema() -> dict[str, Any]:
+    """The same of `pruning`."""
+    entry = {"$ref": "#/$defs/entry"}
+    whole = {"anyOf": [entry, {"type": "array", "minItems": 1, "items": entry}]}
+    options = {
+        name: {**schema, "description": f"{text} Default: {default}."} for name, (schema, default, text) in _OPTIONS.items()
+    }
+    apart = {"allOf": [_not_both(*pair) for pair in combinations(PRUNING, 2) if contradictions(dict.fromkeys(pair, ""), "")]}
+    return {
+        **_head("pruning"),
+        "anyOf": [*whole["anyOf"], _with_options(whole, options)],
+        "$defs": {
+            "entry": {**_entry(PRUNING_ENTRY, PRUNING), **_SELECTS, **apart},
+            "pruning_target": {**_target(PRUNING), **apart},
+        },
+    }
+
+
+def distillation_schema() -> dict[str, Any]:
+    """The same of `distillation`."""
+    # An entry may select nothing, which means the model's own output, but not by exclude keys alone.
+    excludes = [name for name in SELECTION if name.startswith("exclude_")]
+    selects = {"anyOf": [*_SELECTS["anyOf"], {"not": {"anyOf": [{"required": [name]} for name in excludes]}}]}
+    entry = {"$ref": "#/$defs/entry"}
+    part = {"anyOf": [DISTILLATION["apply_method"].schema, entry]}
+    several = {"type": "array", "minItems": 1, "items": part}
+    own = {**WEIGHT_OF_LOSS, "description": "Weight of the loss of training_step itself. Default: 1.0."}
+    return {
+        **_head("distillation"),
+        "anyOf": [
+            {"enum": list(DISTILLATION_METHODS), "description": "This loss of the model's own output."},
+            entry,
+            several,
+            _with_options({"anyOf": [*part["anyOf"], several]}, {"origin_loss_lambda": own}),
+        ],
+        "$defs": {
+            "entry": {**_entry(DISTILLATION_ENTRY, DISTILLATION), **selects},
+            "distillation_target": _target(DISTILLATION),
+        },
+    }
+
+
+SCHEMAS = {"config_list": config_list_schema, "pruning": pruning_schema, "distillation": distillation_schema}
+
+
+def _head(name: str) -> dict[str, str]:
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"lightning_quant {name}"}
+
+
+def _with_options(whole: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict with the key `config_list` and these options."""
+    return {
+        "type": "object",
+        "properties": {"config_list": dict(whole), **options},
+        "required": ["config_list"],
+        "additionalProperties": False,
+    }
+
+
+def _not_both(*names: str) -> dict[str, Any]:
+    """Not all of these keys; one that is null does not count."""
+    return {"not": {"required": list(names), "properties": {name: {"not": {"type": "null"}} for name in names}}}
 
 
 def _entry(rows: Mapping[str, Key], keys: Mapping[str, Key]) -> dict[str, Any]:
@@ -48,7 +117,6 @@ def _entry(rows: Mapping[str, Key], keys: Mapping[str, Key]) -> dict[str, Any]:
         "type": "object",
         "properties": {name: _property(key, nullable=name in keys) for name, key in rows.items()},
         "additionalProperties": False,
-        "anyOf": [{"required": [name]} for name in ("op_names", "op_names_re", "op_types")],
     }
 
 
@@ -63,6 +131,39 @@ def _target(keys: Mapping[str, Key]) -> dict[str, Any]:
 def _property(key: Key, *, nullable: bool) -> dict[str, Any]:
     value: dict[str, Any] = {"anyOf": [dict(key.schema), {"type": "null"}]} if nullable else dict(key.schema)
     return {**value, "description": f"{key.text} Default: {key.default}."}
+
+
+_MOMENT = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "string", "pattern": r"^\s*((step|epoch)\s+[0-9]+|(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)\s*%)\s*$"},
+        {"type": "null"},
+    ]
+}
+# Option of `pruning` -> (schema, default, text); a test holds them to `Pruning`.
+_OPTIONS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "schedule": (
+        {"enum": list(CURVES)},
+        "`agp`",
+        "`one_shot`: the whole mask at `start`. `linear`: in equal steps. `agp`: large steps first, 1 - (1 - t)^3 (Zhu and Gupta 2017).",
+    ),
+    "start": (
+        _MOMENT,
+        "0",
+        'A moment as in `Schedule`: a step, a share of the run, `"epoch 3"`, `"80%"`. The mask grows from here on.',
+    ),
+    "stop": (_MOMENT, "0.5", "The moment of the last step, of the unit of `start`; `one_shot` does not need it."),
+    "updates": ({"type": "integer", "minimum": 1}, "10", "How many steps; the last one comes at `stop`."),
+    "dependencies": ({"type": "boolean"}, "true", "What is said above of the recorded forward."),
+    "shrink": ({"type": "boolean"}, "true", "Conversion removes masked channels."),
+    "penalty": (
+        {"type": "number", "minimum": 0},
+        "1e-4",
+        "Weight of the L1 norm of scales that metric `slim` adds to the loss until the last update.",
+    ),
+    "seed": ({"type": "integer"}, "0", "Of metric `random`."),
+}
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -162,7 +263,18 @@ _PRUNING = """\
 ## Pruning
 
 A `pruning` list has entries like those of a `config_list`, which select modules in the same way and say which of their tensors are
-masked: `[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]`. What an entry leaves out comes from `PruningSetting`: the weights of
+masked: `[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]`. As a file, with options:
+
+```yaml
+# yaml-language-server: $schema=pruning.schema.json
+schedule: agp
+stop: 60%
+config_list:
+  - {op_types: [Conv2d], sparse_ratio: 0.5}
+  - {op_names: [net.head], pattern: "2:4", metric: level}
+```
+
+What an entry leaves out comes from `PruningSetting`: the weights of
 linear layers, convolutions, batch norms and embeddings, and biases, which follow their weight. Precedence is that of `config_list`; of
 `sparse_ratio`, `sparse_threshold`, `pattern` and `align` the one said last holds. An entry that gives none of them masks nothing.
 
@@ -176,17 +288,8 @@ nothing. A mask grows by the schedule, and what is masked stays so (metric `move
 - a layer that makes what the model returns keeps its output channels, unless `op_names` names it.
 
 `{config_list: [...], ...}` in place of the list takes options:
-
-| option | default | meaning |
-|---|---|---|
-| `schedule` | `agp` | `one_shot`: the whole mask at `start`. `linear`: in equal steps. `agp`: large steps first, 1 - (1 - t)^3 (Zhu and Gupta 2017) |
-| `start`, `stop` | 0, 0.5 | moments as in `Schedule`: a step, a share of the run, `"epoch 3"`, `"80%"` |
-| `updates` | 10 | how many steps; the last one comes at `stop` |
-| `dependencies` | true | what is said above of the recorded forward |
-| `shrink` | true | conversion removes masked channels |
-| `penalty` | 1e-4 | weight of the L1 norm of scales that metric `slim` adds to the loss until the last update |
-| `seed` | 0 | of metric `random` |
-
+"""
+_PRUNING_MORE = """\
 Weights of transposed convolutions count as (out, in / groups, ...), so that `out_channel`, `in_channel` and the `dims` of an `align`
 mean for them what they mean for other layers. Where this differs from NNI 3.0, beside the table below:
 
@@ -209,6 +312,7 @@ the student's is from the teacher's; the sum joins the loss that `training_step`
 name `""`, means the model's own output: `"kl"` is `[{"apply_method": "kl"}]`.
 
 ```yaml
+# yaml-language-server: $schema=distillation.schema.json
 - {apply_method: kl, temperature: 4}                              # the logits
 - {op_names: [net.layer1, net.layer2], lambda: 0.5}               # the teacher's modules of the same names
 - {op_names: [net.layer3], link: [layer3, layer4], apply_method: attention}
@@ -319,6 +423,11 @@ def page() -> str:
         "",
         _NOTES,
         _PRUNING,
+        "| option | default | meaning |",
+        "|---|---|---|",
+        *(f"| `{name}` | {default} | {text} |" for name, (_, default, text) in _OPTIONS.items()),
+        "",
+        _PRUNING_MORE,
         "The keys, in an entry for all its targets, in `target_settings` for one:",
         "",
         *_table({name: PRUNING_ENTRY[name] for name in ("target_names", "target_settings")} | PRUNING),
@@ -352,10 +461,16 @@ def _registered() -> Iterable[str]:
     return [f"| {', '.join(names)} | {targets} |" for targets, names in groups.items()]
 
 
+def files() -> dict[str, str]:
+    """What is written, by the names of files."""
+    schemas = {f"{name}.schema.json": json.dumps(schema(), indent=2) + "\n" for name, schema in SCHEMAS.items()}
+    return {**schemas, "CONFIG.md": page()}
+
+
 def write() -> None:
-    """Write both files."""
-    SCHEMA.write_text(json.dumps(json_schema(), indent=2) + "\n")
-    PAGE.write_text(page())
+    """Write them all."""
+    for name, text in files().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

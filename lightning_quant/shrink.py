@@ -27,7 +27,7 @@ from lightning_quant.flow import follow, stored_tensors
 from lightning_quant.heads import add_heads
 from lightning_quant.narrow import cut_model, first_names, keep_cuts, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
-from lightning_quant.record import moved, split_example, undisturbed
+from lightning_quant.record import moved, multiply_adds, split_example, undisturbed
 from lightning_quant.tables import text_table
 from lightning_quant.targets import on_tensors, tensors_in
 from lightning_quant.units import IN, OUT, Dim, Flow, by_group
@@ -37,11 +37,15 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a float32 model costs: parameters, bytes of parameters and buffers, multiply-adds of one call with the example."""
+    """What a float32 model costs: parameters, bytes of parameters and buffers, multiply-adds of one call with the example.
+
+    `by_module`: multiply-adds by the names of modules in what was called, "" for it all, of two samples at most.
+    """
 
     parameters: int
     bytes: int
     multiply_adds: int
+    by_module: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +115,14 @@ def shrink_model(
     if problems:
         raise ConfigError("; ".join(problems) + ".")
     cuts = replace(cuts, ranges=ranges_of(flow, model, cuts))
-    keep_cuts(model, model.get_submodule(entry), cuts)
+    before, after = run.cost(run.model), run.cost(run.cut(cuts))
+    keep_cuts(model, model.get_submodule(entry), cuts, _less_work(before, after))
     cut_model(model, cuts)
     return Shrunk(
         model=model,
         cuts=cuts,
-        before=run.cost(run.model),
-        after=run.cost(run.cut(cuts)),
+        before=before,
+        after=after,
         removed=_removed(flow, cuts),
         kept=_kept(cuts),
     )
@@ -215,6 +220,12 @@ def _kept(cuts: Cuts) -> dict[str, dict[str, int]]:
     return found
 
 
+def _less_work(before: Cost, after: Cost) -> dict[str, list[int]]:
+    """Multiply-adds of the modules that have less to do than before: [before, after]."""
+    both = before.by_module.keys() & after.by_module.keys()
+    return {name: [b, a] for name in sorted(both) if (b := before.by_module[name]) > (a := after.by_module[name])}
+
+
 # -- what can be done, tried out --------------------------------------------------------------------------------------
 
 
@@ -256,6 +267,7 @@ class _Run:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             bytes=sum(tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size()) for tensor in tensors),
             multiply_adds=round(counter.get_total_flops() / 2 * self.times),
+            by_module=multiply_adds(model.get_submodule(self.entry), counter),
         )
 
     def flow(self) -> Flow:

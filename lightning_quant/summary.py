@@ -52,12 +52,23 @@ class TensorReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Before:
+    """What a float layer, or model, cost before pruning removed channels of it; the fields are those of its report."""
+
+    parameters: int
+    float_bytes: int
+    multiply_adds: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One quantized layer: a module or operator with what is fused with it.
+    """One layer that is quantized or pruned: a module or operator with what is fused with it.
 
     `parameters`: numbers that training moves, fused norms' included. `float_bytes`: theirs and those of running statistics.
     `stored_bytes`: what the deployed layer holds, scales and biases included; 4-bit integers take a byte each, 9 to 16 bits two;
     None before ranges are known. `multiply_adds`: of one call with the example input; None without one, or for an operator.
+    `sparsity`: the share of its weights (parameters with two or more dimensions) as they came that are 0 in float, or removed;
+    None where none is, or float weights are gone without a note. `before`: what it was where channels of the model were removed.
     """
 
     name: str
@@ -68,6 +79,8 @@ class LayerReport:
     float_bytes: int
     stored_bytes: int | None
     multiply_adds: int | None = None
+    sparsity: float | None = None
+    before: Before | None = None
 
     def of(self, kind: str) -> list[TensorReport]:
         """The tensors of a kind: "input", "output" or "weight" (any parameter)."""
@@ -82,10 +95,12 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A quantized model, layer by layer; `print(report)` is a table of it, and so is a cell of a notebook.
+    """A quantized or pruned model, layer by layer; `print(report)` is a table of it, and so is a cell of a notebook.
 
     `parameters`, `float_bytes`, `stored_bytes`: of the whole model, what is not quantized included; `other_bytes`: of that part
     alone, float in either. `multiply_adds`: of one call of the whole model. `signal_to_noise`: of its outputs, in dB.
+    `sparsity`: of all weights of these layers. `before`, `other_bytes_before`: what the whole model, and that part, were before
+    channels were removed.
     """
 
     model: str
@@ -96,6 +111,9 @@ class Report:
     other_bytes: int
     multiply_adds: int | None = None
     signal_to_noise: float | None = None
+    sparsity: float | None = None
+    before: Before | None = None
+    other_bytes_before: int | None = None
     notes: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -106,8 +124,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as dicts, lists and numbers. An infinite signal-to-noise ratio (nothing is lost) is `math.inf`."""
-        own = {key: value for key, value in vars(self).items() if key not in ("layers", "notes")}
-        return {**own, "notes": list(self.notes), "layers": [_nested(layer) for layer in self.layers]}
+        own = {key: value for key, value in vars(self).items() if key not in ("layers", "notes", "before")}
+        return {**own, **_came(self), "notes": list(self.notes), "layers": [_nested(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         head, rows, total = self._table()
@@ -126,11 +144,9 @@ class Report:
     def _remarks(self) -> list[str]:
         said = [f"note: {note}" for note in self.notes]
         if self.stored_bytes:
-            said.insert(
-                0,
-                f"{_size(self.float_bytes)} as float, {_size(self.stored_bytes)} as stored: "
-                f"{self.float_bytes / self.stored_bytes:.2f} times smaller",
-            )
+            first, came = (self.float_bytes, "as") if self.before is None else (self.before.float_bytes, "as it came in")
+            stored = f"{_size(self.stored_bytes)} as stored: {first / self.stored_bytes:.2f} times smaller"
+            said.insert(0, f"{_size(first)} {came} float, {stored}")
         if self.signal_to_noise is not None:
             said.insert(0, f"signal-to-noise ratio of the model's outputs: {_decimal(self.signal_to_noise)} dB")
         return said
@@ -139,12 +155,13 @@ class Report:
         """(head, a row for each layer, the row of sums), without columns that are empty."""
         most = max((layer.stored_bytes or 0 for layer in self.layers), default=0)
         rows = [_cells(layer, most) for layer in self.layers]
-        sums = {"layer": "total", "parameters": _count(self.parameters), "float": _size(self.float_bytes)}
-        sums |= {"stored": _size(self.stored_bytes), "mult-adds": _count(self.multiply_adds)}
+        sums: dict[str, str | Cell] = {"layer": "total", **_costs(self), "stored": _size(self.stored_bytes)}
         if self.other_bytes:
-            rest = {"layer": "(not quantized)", "float": _size(self.other_bytes), "stored": _size(self.other_bytes)}
+            name = "(not quantized)" if any(layer.tensors for layer in self.layers) else "(other layers)"
+            rest = {"layer": name, "stored": _size(self.other_bytes)}
+            rest["float"] = _size(self.other_bytes if self.other_bytes_before is None else self.other_bytes_before)
             rows.append({**dict.fromkeys(_HEAD, ""), **rest})
-        head = [name for name in _HEAD if any(_shown(row[name]) for row in rows) or sums.get(name)]
+        head = [name for name in _HEAD if any(_shown(row[name]) for row in rows) or _shown(sums.get(name, ""))]
         return head, [[row[name] for name in head] for row in rows], [sums.get(name, "") for name in head]
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -174,6 +191,7 @@ _HEAD = (
     "output range",
     "output dB",
     "output clipped",
+    "sparsity",
     "parameters",
     "mult-adds",
     "float",
@@ -184,8 +202,13 @@ _KINDS = ("input", "weight", "output")
 
 
 def _nested(layer: LayerReport) -> dict[str, Any]:
-    own = {key: value for key, value in vars(layer).items() if key not in ("fused", "tensors")}
-    return {**own, "fused": list(layer.fused), "tensors": [_tensor(one) for one in layer.tensors.values()]}
+    own = {key: value for key, value in vars(layer).items() if key not in ("fused", "tensors", "before")}
+    return {**own, **_came(layer), "fused": list(layer.fused), "tensors": [_tensor(one) for one in layer.tensors.values()]}
+
+
+def _came(one: LayerReport | Report) -> dict[str, int | None]:
+    """What it was before removal, under the names of what it is; what it is where nothing was removed."""
+    return {f"{key.name}_before": getattr(one.before or one, key.name) for key in fields(Before)}
 
 
 def _tensor(one: TensorReport) -> dict[str, Any]:
@@ -204,7 +227,8 @@ def _flat(layer: LayerReport) -> dict[str, Any]:
                 row.update({f"{kind}_{key}_least": ends[0], f"{kind}_{key}_greatest": ends[1]})
             elif key != "target":
                 row[f"{kind}_{key}"] = known.get(key)
-    return {**row, **{key: getattr(layer, key) for key in ("parameters", "multiply_adds", "float_bytes", "stored_bytes")}}
+    own = ("sparsity", "parameters", "multiply_adds", "float_bytes", "stored_bytes")
+    return {**row, **{key: getattr(layer, key) for key in own}, **_came(layer)}
 
 
 def _cells(layer: LayerReport, most: int) -> dict[str, str | Cell]:
@@ -228,10 +252,20 @@ def _cells(layer: LayerReport, most: int) -> dict[str, str | Cell]:
         cells["output range"] = f"{output.low:.4g} .. {output.high:.4g}" if known else ""
         cells["output dB"] = _ratio(output.signal_to_noise)
         cells["output clipped"] = _share(output.clipped)
-    cells.update({"parameters": _count(layer.parameters), "mult-adds": _count(layer.multiply_adds)})
     share = (layer.stored_bytes or 0) / most if most else 0.0
-    cells.update(float=_size(layer.float_bytes), stored=Cell(_size(layer.stored_bytes), bar=share, good=1.0))
-    return cells
+    return {**cells, **_costs(layer), "stored": Cell(_size(layer.stored_bytes), bar=share, good=1.0)}
+
+
+def _costs(one: LayerReport | Report) -> dict[str, str | Cell]:
+    """The cells of what pruning changes: "as it came -> as it is", where these differ; float bytes as it came."""
+    before = one.before or one
+    pairs = {"parameters": (before.parameters, one.parameters), "mult-adds": (before.multiply_adds, one.multiply_adds)}
+    cells: dict[str, str | Cell] = {
+        name: _count(now) if was in (None, now) else f"{_count(was)} -> {_count(now)}" for name, (was, now) in pairs.items()
+    }
+    share = one.sparsity
+    cells["sparsity"] = "" if share is None else Cell(f"{100 * share:.1f} %", bar=share)
+    return {**cells, "float": _size(before.float_bytes)}
 
 
 def _details(one: TensorReport) -> str:
@@ -310,7 +344,8 @@ def _plot(report: Report, path: str | os.PathLike[str] | None) -> Any:
     _draw_ratios(ratios, report)
     _draw_ranges(ranges, report)
     stored = [(layer.stored_bytes or 0) / 1000 for layer in layers]
-    sizes.barh(places, [layer.float_bytes / 1000 for layer in layers], height=0.72, color=_GREY, alpha=0.45, label="as float")
+    floats = [(layer.before or layer).float_bytes / 1000 for layer in layers]
+    sizes.barh(places, floats, height=0.72, color=_GREY, alpha=0.45, label="as float")
     sizes.barh(places, stored, height=0.4, color=_GREEN, label="as stored")
     sizes.set(xlabel="kB", title="size")
     ratios.set_yticks(places, [layer.name for layer in layers])

@@ -410,6 +410,20 @@ def test_report_shows_the_checkpoints_layers(fitted: Path, capsys: pytest.Captur
     assert Path("new/folder/report.html").read_text() == Path("report.html").read_text()
 
 
+def test_report_shows_what_pruning_removes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruning = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    options = ["--config", written(folder / "fit.yaml", {"config_list": [ENTRY], "pruning": pruning, "verbose": 0})]
+    assert main(["fit", *options]) == 0
+    capsys.readouterr()
+    (checkpoint,) = Path("out").rglob("last.ckpt")
+    assert main(["report", *options, "--ckpt", str(checkpoint)]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert all(word in lines["layer"] for word in ("weight dB", "sparsity", "mult-adds", "stored"))
+    assert "50.0 %" in lines["conv1"] and "232 -> 116" in lines["conv1"]
+    assert "592 -> 152" in lines["conv2"] and "1,340 -> 528" in lines["total"]
+    assert "as it came in float" in lines["5.5"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

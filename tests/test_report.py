@@ -316,7 +316,9 @@ def test_a_deployed_activation_is_unsigned_and_it_is_said() -> None:
 
 
 def test_neither_prepared_nor_deployed_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"summarize: Net is neither prepared nor deployed; call prepare_model\(model, plan\)"):
+    with pytest.raises(
+        ConfigError, match=r"summarize: Net is neither prepared nor deployed nor pruned; call prepare_model\(model, plan\)"
+    ):
         summarize(Net())
     with pytest.raises(ConfigError, match="neither prepared nor deployed"):
         summarize(restore_model(prepared(Net())))
