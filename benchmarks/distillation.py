@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from accuracy import NETS, Net, accuracy, config_list, data_of, fit, float_net
 from lanes import float_model, ours
-from lightning.pytorch import Callback, LightningModule, Trainer
 from step_time import WARMUP, quartiles_of_ratio
 from timed_nets import NETS as TIMED
 from timed_nets import Net as TimedNet
@@ -123,25 +122,6 @@ def print_costs(name: str, rounds: int) -> None:
 # -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
-class Teaches(Callback):
-    """A teacher beside QuantFusionCallback; before it in the list, so that it meets the float model."""
-
-    def __init__(self, distillation: Any, teacher: nn.Module, example: Tensor) -> None:
-        self.distiller, self.example = Distiller(distillation, teacher), example
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.distiller.begin(pl_module, example=self.example)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.distiller.start()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.distiller.stop()
-
-    def on_fit_end(self, *_: Any) -> None:
-        self.distiller.end()
-
-
 LESSONS: dict[str, Any] = {
     "alone": None,
     "kl": ["kl"],
@@ -152,13 +132,13 @@ LESSONS: dict[str, Any] = {
 
 def run(net: Net, setting: str, lesson: str, seed: int) -> float:
     """Accuracy of the deployed model in percent."""
-    quantizes = QuantFusionCallback(config_list(net, setting, "qat"), root="net", verbose=0)
-    callbacks: list[Callback] = [quantizes]
-    if LESSONS[lesson] is not None:
-        callbacks.insert(0, Teaches(LESSONS[lesson], float_net(net), data_of(net).train[0][:8]))
-    fit(float_net(net), net, seed, callbacks=callbacks)
-    assert quantizes.deployed_model is not None
-    return accuracy(quantizes.deployed_model, data_of(net).test)
+    teacher = None if LESSONS[lesson] is None else float_net(net)
+    callback = QuantFusionCallback(
+        config_list(net, setting, "qat"), root="net", distillation=LESSONS[lesson], teacher=teacher, verbose=0
+    )
+    fit(float_net(net), net, seed, callbacks=[callback])
+    assert callback.deployed_model is not None
+    return accuracy(callback.deployed_model, data_of(net).test)
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
