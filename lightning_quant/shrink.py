@@ -28,7 +28,7 @@ from lightning_quant.heads import add_heads
 from lightning_quant.narrow import cut_model, first_names, keep_cuts, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
 from lightning_quant.record import moved, multiply_adds, split_example, undisturbed
-from lightning_quant.tables import text_table
+from lightning_quant.tables import html_table, text_table
 from lightning_quant.targets import on_tensors, tensors_in
 from lightning_quant.units import IN, OUT, Dim, Flow, by_group
 
@@ -65,9 +65,25 @@ class Shrunk:
     kept: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return text_table(_HEAD, self._rows, notes=["", *self._sums])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
+
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        return html_table(_HEAD, self._rows, notes=self._sums)
+
+    @property
+    def _rows(self) -> list[list[str]]:
         rows = [[name, f"{count} of {size}", ""] for name, (count, size) in self.removed.items()]
         rows += [[name, "", f"{count} stay: {why}"] for name, reasons in self.kept.items() for why, count in reasons.items()]
-        sums = [
+        return rows
+
+    @property
+    def _sums(self) -> list[str]:
+        return [
             f"{label}: {_grouped(before)} -> {_grouped(after)} ({after / max(before, 1):.0%})"
             for label, before, after in (
                 ("parameters", self.before.parameters, self.after.parameters),
@@ -75,7 +91,9 @@ class Shrunk:
                 ("multiply-adds", self.before.multiply_adds, self.after.multiply_adds),
             )
         ]
-        return text_table(["parameter", "removed", "kept"], rows, notes=["", *sums])
+
+
+_HEAD = ("parameter", "removed", "kept")
 
 
 def _grouped(number: int) -> str:

@@ -8,18 +8,22 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import run_recorded
+from lightning.pytorch import LightningModule, Trainer
 from test_convert import CONFIGS, trained
 from test_fusion import prepared
 from test_mnist import optimized_ops, with_integer_outputs, without_repeats
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from toys import FUSED, Net
 
 from lightning_quant import ConfigError, ParityError, QuantFusionCallback, convert_model, export_model, formats, load_deployed
@@ -493,6 +497,70 @@ def test_tied_weights(tmp_path: Path) -> None:
     export_model(deployed, tmp_path / "model.onnx", example_input=x)
     with torch.no_grad():
         assert (run_onnx(tmp_path / "model.onnx", x) - deployed(x)).abs().max() <= 1e-5
+
+
+class TiedToEmbedding(LightningModule):
+    """A linear layer with the table of an embedding, of which some rows can be 0: its grid has other steps there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.fc(self.embed(ids))))
+        return out
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self(batch[0]).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+IDS = torch.arange(24).reshape(4, 6) % 12
+
+
+def check_tied(path: Path, deployed: nn.Module) -> None:
+    """The file runs as it is with exact sums, which onnxruntime refuses where two nodes dequantize one weight, one for nobody."""
+    graph = onnx.load(path).graph
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    assert not [node.name for node in graph.node if not read & set(node.output)]
+    assert ("Gather", "embed.weight") in {(node.op_type, node.input[0]) for node in graph.node}, "rows of integers are looked up"
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    (found,) = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"ids": IDS.numpy()})
+    with torch.no_grad():
+        assert np.abs(found - deployed(IDS).numpy()).max() <= 1e-5
+
+
+def test_a_tied_embedding_with_rows_of_zeros(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = TiedToEmbedding()
+    prepared(net, [{"op_types": ["Embedding", "Linear"]}], IDS).train()(IDS)
+    with torch.no_grad():
+        net.embed.weight[[1, 5]] = 0.0
+    deployed = convert_model(net)
+    assert not deployed.get_submodule("head").weight[[1, 5]].any(), "the test wants zeros"  # type: ignore[index]
+    export_model(deployed, tmp_path / "model.onnx", example_input=IDS)
+    check_tied(tmp_path / "model.onnx", deployed)
+
+
+def test_a_tied_embedding_that_is_pruned(quiet_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pruning = {
+        "config_list": [{"op_names": ["embed"], "target_names": ["weight"], "sparse_ratio": 0.25}],
+        "stop": "step 1",
+        "updates": 1,
+    }
+    options: dict[str, Any] = {"export": ".onnx", "dirpath": tmp_path, "verbose": 0, "source": "last"}
+    callback = QuantFusionCallback("int8", pruning=pruning, **options)
+    data = DataLoader(TensorDataset(IDS.repeat(4, 1)), batch_size=4)
+    quiet_trainer(max_epochs=2, callbacks=[callback]).fit(TiedToEmbedding(), data)
+    deployed: Any = callback.deployed_model
+    assert int((deployed.head.weight == 0).all(1).sum()) == 3, "the test wants rows of zeros"
+    check_tied(tmp_path / "model.onnx", deployed)
 
 
 # -- coming back ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import html
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -285,4 +286,8 @@ def test_the_table_the_notebook_and_the_rows(quiet_trainer: TrainerMaker) -> Non
     assert (row["multiply_adds_before"], row["multiply_adds"]) == tuple(work("conv2", e["conv2"], 6) for e in (WAS, IS))
     whole = report.to_dict()
     assert (whole["parameters_before"], whole["layers"][1]["parameters_before"]) == (1340, 592)
+    assert "4 of 8" in callback.shrunk._repr_html_() and "parameters: 1 340 -&gt; 528" in callback.shrunk._repr_html_()
     assert "before" not in whole and "before" not in whole["layers"][0]
+    said: list[str] = []
+    callback.shrunk._repr_pretty_(SimpleNamespace(text=said.append), cycle=False)
+    assert said == [str(callback.shrunk)]
