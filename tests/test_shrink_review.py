@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns what shrinking must not take for granted: the example's size, a forward without its trainer, grids of a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_shrink import double, mask_rows, reasons
+from test_shrink_cases import Net, conv, shape
+from torch import Tensor, nn
+
+from lightning_quant.shrink import Shrunk, shrink_model
+
+ROWS = {"a": [1, 2]}
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def shrunk_for(net: nn.Module, example: Tensor, *others: Tensor, rows: Mapping[str, Sequence[int]] = ROWS) -> Shrunk:
+    """Without these rows, their biases left: the same numbers for the example and for inputs of other sizes."""
+    result = shrink_model(net, mask_rows(net, rows, bias=False), example)
+    with torch.no_grad():
+        for x in (example, *others):
+            assert torch.allclose(result.model(x), net(x), rtol=0, atol=1e-9)
+    return result
+
+
+# -- other sizes ------------------------------------------------------------------------------------------------------
+
+DEPENDS = "o reads it, a constant that depends on the size of the input"
+IMAGES = [images(2, 3, 8, 8), images(3, 3, 8, 8), images(2, 3, 12, 12)]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda n, x: n.o(torch.sigmoid(n.a(x)).mean((2, 3)) * x.shape[2]),
+        lambda n, x: n.o(torch.sigmoid(n.a(x)).mean((2, 3)) * x.shape[3]),
+        lambda n, x: n.o(torch.sigmoid(n.a(x)).mean((2, 3)) * x.shape[0]),
+    ],
+)
+def test_a_constant_that_counts_rows_columns_or_samples_stays(run: Callable[[Any, Tensor], Any]) -> None:
+    net = double(Net(run, a=conv(3, 6), o=nn.Linear(6, 2)))
+    result = shrunk_for(net, *IMAGES, images(2, 3, 12, 8), images(2, 3, 8, 12))
+    assert reasons(result, "a.weight") == DEPENDS and result.after == result.before
+
+
+def test_constants_that_do_not_depend_on_the_size_still_go() -> None:
+    net = double(Net(lambda n, x: n.o(torch.sigmoid(n.a(x)).mean((2, 3))), a=conv(3, 6), o=nn.Linear(6, 2)))
+    assert shrunk_for(net, *IMAGES).model.get_submodule("o").in_features == 4  # type: ignore[comparison-overlap]
+
+
+def test_only_the_channels_whose_constants_depend_on_the_size_stay() -> None:
+    def run(n: Any, x: Tensor) -> Tensor:
+        a, b = (torch.sigmoid(one(x)).mean((2, 3)) for one in (n.a, n.b))
+        return n.o(torch.cat([a * x.shape[2], b], 1))  # type: ignore[no-any-return]
+
+    net = double(Net(run, a=conv(3, 6), b=conv(3, 6), o=nn.Linear(12, 2)))
+    result = shrunk_for(net, *IMAGES, rows={"a": [1, 2], "b": [0]})
+    assert result.kept == {"a.weight": {DEPENDS: 2}}
+    assert shape(result, "a.weight")[0] == 6 and shape(result, "b.weight")[0] == 5
+
+
+def test_softmax_over_positions_is_no_constant() -> None:
+    net = double(Net(lambda n, x: n.o(n.a(x).transpose(1, 2).softmax(-1).amax(-1)), a=nn.Linear(5, 6), o=nn.Linear(6, 2)))
+    result = shrunk_for(net, images(2, 4, 5), images(2, 9, 5))
+    assert reasons(result, "a.weight") == "o reads it, and it is not constant: what makes it is not masked altogether"
+
+
+def test_a_table_of_positions_is_no_constant_though_the_example_has_one_position() -> None:
+    net: Any = Net(lambda n, x: n.o(n.a(x) + n.p[:, : x.shape[1]]), a=nn.Linear(5, 6), o=nn.Linear(6, 2))
+    net.p = nn.Parameter(torch.zeros(1, 9, 6))
+    result = shrunk_for(double(net), images(2, 1, 5), images(2, 4, 5))
+    assert reasons(result, "a.weight") == DEPENDS
+
+
+def test_padding_that_an_average_pool_counts_is_seen_behind_an_image_of_one_pixel() -> None:
+    net = double(Net(lambda n, x: n.o(F.avg_pool2d(torch.sigmoid(n.a(x)), 3, 1, 1)), a=conv(3, 6, 1), o=conv(6, 2, 1)))
+    result = shrunk_for(net, images(2, 3, 1, 1), images(2, 3, 4, 4))
+    assert reasons(result, "a.weight") == DEPENDS
+
+
+@pytest.mark.parametrize("flat", [lambda x: x.flatten(1), lambda x: x.view(-1, x.shape[1] * 16)])
+def test_a_net_for_one_size_shrinks_as_before(flat: Callable[[Tensor], Tensor]) -> None:
+    """`view(-1, 96)` takes larger images, and makes more samples of them: that is no use of the net."""
+    net = double(Net(lambda n, x: n.o(flat(torch.sigmoid(n.a(x)))), a=conv(3, 6), o=nn.Linear(96, 2)))
+    assert reasons(shrunk_for(net, images(2, 3, 6, 6), images(5, 3, 6, 6)), "a.weight") == ""
+
+
+def test_a_forward_that_goes_another_way_for_other_sizes_keeps_its_channels() -> None:
+    """Whatever the constants are: a small model that fails or differs for another size is none."""
+
+    def run(n: Any, x: Tensor) -> Tensor:
+        y = n.a(x)
+        return n.o(y[:, [0, 1, 3, 4]] if x.shape[2] > 8 else y[:, :4] * 1)  # type: ignore[no-any-return]
+
+    net = double(Net(run, a=conv(3, 6), o=conv(4, 2)))
+    result = shrunk_for(net, *IMAGES)
+    assert result.after == result.before and reasons(result, "a.weight")
+
+
+def test_several_inputs_grow_together() -> None:
+    """Tokens and their mask have one length; a scale by the length is seen, and the mask's numbers stay what they were."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.a, self.o = nn.Embedding(7, 5), nn.Linear(5, 6), nn.Linear(6, 2)
+
+        def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
+            y = torch.sigmoid(self.a(self.table(tokens))).amax(1) * tokens.shape[1] ** 0.5
+            return self.o(y) + (self.table(tokens)[..., :2] * seen[..., None]).sum(1)  # type: ignore[no-any-return]
+
+    net = double(Masked())
+    masks = mask_rows(net, {"a": [1, 2]}, bias=False)
+    tokens, seen = torch.tensor([[1, 2, 3, 6]] * 2), torch.tensor([[True, True, True, False]] * 2)
+    result = shrink_model(net, masks, (tokens, seen))
+    longer = torch.cat([tokens, tokens], 1), torch.cat([seen, seen], 1)
+    assert torch.allclose(result.model(*longer), net(*longer), rtol=0, atol=1e-9)
+    assert reasons(result, "a.weight") == DEPENDS
