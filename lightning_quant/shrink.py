@@ -90,6 +90,7 @@ def shrink_model(
 
     Raises:
         ConfigError: for a mask that fits no parameter, a value that is masked and not 0, or a required layer that cannot shrink.
+        UncallableError: a ConfigError, too, where the forward of a copy of the model fails with the example.
     """
     model = made_permanent(copy_of(model))  # what torch.nn.utils.prune masks is 0 in the parameter
     run, flow, cuts = _cuts(model, masks, example_input, entry)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_quant.config import ConfigError
 from lightning_quant.cuts import Cuts
 from lightning_quant.flow import follow, stored_tensors
 from lightning_quant.narrow import cut_model
@@ -32,10 +33,14 @@ class Cost:
     multiply_adds: int
 
 
+class UncallableError(ConfigError):
+    """The forward of a copy of the model fails, outside the Trainer, with the example: nothing can be tried out."""
+
+
 class Trial:
     """A float copy on the host in float64, where its forward allows that, and what it is called with: two samples, if it may be.
 
-    `times`: how many times as large the example was.
+    `times`: how many times as large the example was. Raises an UncallableError if the forward fails in all of these ways.
     """
 
     def __init__(self, model: nn.Module, example_input: Any, entry: str) -> None:
@@ -51,9 +56,12 @@ class Trial:
             self.example = example if self.model is model else on_tensors(_doubled, example)
             try:
                 self.expected = self.outputs(self.model)
-            except Exception:
+            except Exception as error:  # the user's own forward
                 if example is whole and self.model is model:
-                    raise
+                    raise UncallableError(
+                        "channels cannot be removed: the forward of a copy of the model, which has no Trainer, fails with the "
+                        f"example input: {type(error).__name__}: {str(error).rstrip('.')}"
+                    ) from error
                 continue  # float32, or how many samples there are, is written somewhere in the forward
             break
         self._others: list[tuple[Any, list[Tensor]]] | None = None

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
 from test_shrink import double, mask_rows, reasons
 from test_shrink_cases import Net, conv, shape
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_quant import QuantFusionCallback
 from lightning_quant.shrink import Shrunk, shrink_model
+from lightning_quant.trial import UncallableError
 
 ROWS = {"a": [1, 2]}
 
@@ -53,7 +59,7 @@ def test_a_constant_that_counts_rows_columns_or_samples_stays(run: Callable[[Any
 
 def test_constants_that_do_not_depend_on_the_size_still_go() -> None:
     net = double(Net(lambda n, x: n.o(torch.sigmoid(n.a(x)).mean((2, 3))), a=conv(3, 6), o=nn.Linear(6, 2)))
-    assert shrunk_for(net, *IMAGES).model.get_submodule("o").in_features == 4  # type: ignore[comparison-overlap]
+    assert shrunk_for(net, *IMAGES).model.get_submodule("o").in_features == 4
 
 
 def test_only_the_channels_whose_constants_depend_on_the_size_stay() -> None:
@@ -124,3 +130,53 @@ def test_several_inputs_grow_together() -> None:
     longer = torch.cat([tokens, tokens], 1), torch.cat([seen, seen], 1)
     assert torch.allclose(result.model(*longer), net(*longer), rtol=0, atol=1e-9)
     assert reasons(result, "a.weight") == DEPENDS
+
+
+# -- a forward that needs its trainer -----------------------------------------------------------------------------------
+
+
+class NeedsTrainer(LightningModule):
+    """`forward` asks the Trainer something, and fails without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * (1 + 0 * self.trainer.current_epoch)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return self(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("config", [None, "int8"])
+def test_a_forward_that_needs_its_trainer_ships_masked_and_as_large_as_before(config: str | None, tmp_path: Path) -> None:
+    lit, data = NeedsTrainer(), DataLoader(TensorDataset(images(8, 3, 4, 4).float()), 4)
+    pruning = {"config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "metric": "l1"}], "schedule": "one_shot"}
+    callback = QuantFusionCallback(config, pruning=pruning, verbose=0)
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(lit, data)
+    said = [str(one.message) for one in caught if "channels cannot be removed" in str(one.message)]
+    assert len(said) == 1 and "is not attached to a `Trainer`" in said[0] and "as large as before" in said[0]
+    assert callback.shrunk is None and callback.deployed_model is not None and callback.sparsity() == 0.5
+    weight = lit.net[0].weight
+    assert isinstance(weight, Tensor) and int((weight.flatten(1) == 0).all(1).sum()) == 3
+    deployed = callback.deployed_model.get_submodule("net")(images(2, 3, 4, 4).float())
+    lit.eval()
+    assert torch.equal(deployed, lit.net(images(2, 3, 4, 4).float())) and tuple(deployed.shape) == (2, 2)
+
+
+def test_shrinking_by_hand_says_that_the_forward_fails() -> None:
+    lit = NeedsTrainer()
+    masks = mask_rows(lit, {"net.0": [1]})
+    with pytest.raises(UncallableError, match="channels cannot be removed: the forward of a copy of the model, which has no"):
+        shrink_model(lit, masks, images(2, 3, 4, 4).float())
