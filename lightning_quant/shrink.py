@@ -25,12 +25,12 @@ from lightning_quant.cuts import Cuts, find_cuts, masked_slices, units_of
 from lightning_quant.heads import add_heads
 from lightning_quant.narrow import cut_model, first_names, keep_cuts, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
-from lightning_quant.tables import text_table
+from lightning_quant.tables import html_table, text_table
 from lightning_quant.trial import Cost, Trial
 from lightning_quant.units import IN, OUT, Dim, Flow
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Shrunk:
     """A model with smaller layers, and what became of the channels that were masked.
 
@@ -47,9 +47,31 @@ class Shrunk:
     kept: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return text_table(_HEAD, self._rows, notes=["", *self._sums])
+
+    def __repr__(self) -> str:
+        stay = sum(sum(reasons.values()) for reasons in self.kept.values())
+        kept = f", {stay} masked slices stay" if stay else ""
+        return f"Shrunk({type(self.model).__name__}, {', '.join(self._sums)}{kept})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
+
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        return html_table(_HEAD, self._rows, notes=self._sums)
+
+    @property
+    def _rows(self) -> list[list[str]]:
         rows = [[name, f"{count} of {size}", ""] for name, (count, size) in self.removed.items()]
-        rows += [[name, "", f"{count} stay: {why}"] for name, reasons in self.kept.items() for why, count in reasons.items()]
-        sums = [
+        return rows + [
+            [name, "", f"{count} stay: {why}"] for name, reasons in self.kept.items() for why, count in reasons.items()
+        ]
+
+    @property
+    def _sums(self) -> list[str]:
+        return [
             f"{label}: {_grouped(before)} -> {_grouped(after)} ({after / max(before, 1):.0%})"
             for label, before, after in (
                 ("parameters", self.before.parameters, self.after.parameters),
@@ -57,7 +79,9 @@ class Shrunk:
                 ("multiply-adds", self.before.multiply_adds, self.after.multiply_adds),
             )
         ]
-        return text_table(["parameter", "removed", "kept"], rows, notes=["", *sums])
+
+
+_HEAD = ("parameter", "removed", "kept")
 
 
 def _grouped(number: int) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,3 +181,35 @@ def test_shrinking_by_hand_says_that_the_forward_fails() -> None:
     masks = mask_rows(lit, {"net.0": [1]})
     with pytest.raises(UncallableError, match="channels cannot be removed: the forward of a copy of the model, which has no"):
         shrink_model(lit, masks, images(2, 3, 4, 4).float())
+
+
+# -- reasons and reports --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_by_hand_says_that_its_heads_are_written_in(fused: bool) -> None:
+    def run(n: Any, x: Tensor) -> Tensor:
+        q, k, v = (one(x).view(2, 5, 3, 4).transpose(1, 2) for one in (n.q, n.k, n.v))
+        y = F.scaled_dot_product_attention(q, k, v) if fused else (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return n.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    net = double(Net(run, **{name: nn.Linear(6, 12) for name in ("q", "k", "v")}, o=nn.Linear(12, 2)))
+    rows = range(4, 8)
+    result = shrunk_for(net, images(2, 5, 6), rows={"q": rows, "k": rows, "v": rows})
+    for name in ("q", "k", "v"):
+        assert "works on heads, and how many is written into the forward" in reasons(result, f"{name}.weight")
+    assert result.after == result.before
+
+
+def test_what_was_removed_is_short_in_a_repl_and_a_table_in_a_notebook() -> None:
+    net = double(Net(lambda n, x: n.o(torch.sigmoid(n.a(x)).mean((2, 3))), a=conv(3, 6), o=nn.Linear(6, 2)))
+    result = shrunk_for(net, *IMAGES)
+    said = repr(result)
+    assert said.startswith("Shrunk(Net, parameters: 182 -> 122 (67%), bytes: 728 -> 488 (67%), multiply-adds: ")
+    assert "\n" not in said and "Conv2d" not in said
+    assert "<table" in result._repr_html_() and "parameters: 182 -&gt; 122 (67%)" in result._repr_html_()
+    kept = shrink_model(net, mask_rows(net, {"a": [1], "o": [0]}, bias=False), IMAGES[0])
+    assert repr(kept).endswith("1 masked slices stay)") and "the model returns it" in kept._repr_html_()
+    pretty: list[str] = []
+    kept._repr_pretty_(SimpleNamespace(text=pretty.append), cycle=False)
+    assert pretty == [str(kept)]
