@@ -29,6 +29,7 @@ from lightning_quant.pruning_plan import Pruning, PruningPlan
 from lightning_quant.schedule import Clock
 from lightning_quant.shrink import shrink_model, unread_values
 from lightning_quant.sources import read_config
+from lightning_quant.trial import UncallableError
 
 _END = Clock(step=2**62, epoch=2**62, done=1.0, length=1.0)
 
@@ -94,7 +95,10 @@ class Compresses(EvaluatesAsShipped):
         """With the last of the masks, mask what nothing reads any more, where it is to be removed."""
         masks = self.masks
         if masks is not None and self._masks_are_made() and masks.plan.options.shrink and self._example is not None:
-            masks.also(unread_values(masks.model, masks.by_target(), self._example, entry=self._entry))
+            try:
+                masks.also(unread_values(masks.model, masks.by_target(), self._example, entry=self._entry))
+            except UncallableError:
+                return  # nothing will be removed: said at the end of the fit, with what is shipped instead
 
     def whole_plan(self) -> str:
         """What will be quantized, masked and taught, as tables."""
@@ -243,7 +247,14 @@ class Compresses(EvaluatesAsShipped):
         if self._example is None:
             rank_zero_warn(f"{type(self).__name__}: nothing is removed without a recorded forward; give example_input.")
             return twin
-        self.shrunk = shrunk = shrink_model(twin, found, self._example, entry=self._entry)
+        try:
+            self.shrunk = shrunk = shrink_model(twin, found, self._example, entry=self._entry)
+        except UncallableError as error:
+            rank_zero_warn(
+                f"{type(self).__name__}: {error}. What ships is the masked model, as large as before. Move what needs the "
+                "Trainer (self.trainer, self.log) from forward into training_step, or set `shrink` of `pruning` to false."
+            )
+            return twin
         if prepared_groups(twin):
             wide, small = (model.get_submodule(self._entry) for model in (twin, shrunk.model))
             check_removal(

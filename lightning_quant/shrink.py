@@ -18,37 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of, made_permanent
 from lightning_quant.cuts import Cuts, find_cuts, masked_slices, units_of
-from lightning_quant.flow import follow, stored_tensors
 from lightning_quant.heads import add_heads
 from lightning_quant.narrow import cut_model, first_names, keep_cuts, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
-from lightning_quant.record import moved, multiply_adds, split_example, undisturbed
 from lightning_quant.tables import html_table, text_table
-from lightning_quant.targets import on_tensors, tensors_in
-from lightning_quant.units import IN, OUT, Dim, Flow, by_group
-
-TOLERANCE = 1e-5
+from lightning_quant.trial import Cost, Trial
+from lightning_quant.units import IN, OUT, Dim, Flow
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a float32 model costs: parameters, bytes of parameters and buffers, multiply-adds of one call with the example.
-
-    `by_module`: multiply-adds by the names of modules in what was called, "" for it all, of two samples at most.
-    """
-
-    parameters: int
-    bytes: int
-    multiply_adds: int
-    by_module: Mapping[str, int] = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Shrunk:
     """A model with smaller layers, and what became of the channels that were masked.
 
@@ -67,6 +49,11 @@ class Shrunk:
     def __str__(self) -> str:
         return text_table(_HEAD, self._rows, notes=["", *self._sums])
 
+    def __repr__(self) -> str:
+        stay = sum(sum(reasons.values()) for reasons in self.kept.values())
+        kept = f", {stay} masked slices stay" if stay else ""
+        return f"Shrunk({type(self.model).__name__}, {', '.join(self._sums)}{kept})"
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What IPython shows as text."""
         printer.text("..." if cycle else str(self))
@@ -78,8 +65,9 @@ class Shrunk:
     @property
     def _rows(self) -> list[list[str]]:
         rows = [[name, f"{count} of {size}", ""] for name, (count, size) in self.removed.items()]
-        rows += [[name, "", f"{count} stay: {why}"] for name, reasons in self.kept.items() for why, count in reasons.items()]
-        return rows
+        return rows + [
+            [name, "", f"{count} stay: {why}"] for name, reasons in self.kept.items() for why, count in reasons.items()
+        ]
 
     @property
     def _sums(self) -> list[str]:
@@ -126,6 +114,7 @@ def shrink_model(
 
     Raises:
         ConfigError: for a mask that fits no parameter, a value that is masked and not 0, or a required layer that cannot shrink.
+        UncallableError: a ConfigError, too, where the forward of a copy of the model fails with the example.
     """
     model = made_permanent(copy_of(model))  # what torch.nn.utils.prune masks is 0 in the parameter
     run, flow, cuts = _cuts(model, masks, example_input, entry)
@@ -164,7 +153,7 @@ def unread_values(model: nn.Module, masks: Mapping[str, Tensor], example_input: 
     return found
 
 
-def _cuts(model: nn.Module, masks: Mapping[str, Tensor] | None, example_input: Any, entry: str) -> tuple[_Run, Flow, Cuts]:
+def _cuts(model: nn.Module, masks: Mapping[str, Tensor] | None, example_input: Any, entry: str) -> tuple[Trial, Flow, Cuts]:
     names = first_names(model)
     if masks is None:
         masks = {name: parameter != 0 for name, parameter in model.named_parameters() if parameter.dim() > 1}
@@ -172,7 +161,7 @@ def _cuts(model: nn.Module, masks: Mapping[str, Tensor] | None, example_input: A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said of the first copy
         plain = restore_model(copy_of(model)).eval().cpu()
-    run = _Run(plain, example_input, entry)
+    run = Trial(plain, example_input, entry)
     flow = run.flow()
     pin_scales(flow, model, names)
     masked = masked_slices(flow, masks)
@@ -247,115 +236,7 @@ def _less_work(before: Cost, after: Cost) -> dict[str, list[int]]:
 # -- what can be done, tried out --------------------------------------------------------------------------------------
 
 
-class _Run:
-    """A float copy on the host in float64, where its forward allows that, and what it is called with: two samples, if it may be.
-
-    `times`: how many times as large the example was.
-    """
-
-    def __init__(self, model: nn.Module, example_input: Any, entry: str) -> None:
-        self.entry = entry
-        whole = moved(split_example(example_input), "cpu")
-        sizes = {one.shape[0] if one.dim() else 0 for one in tensors_in(whole)}
-        batch = sizes.pop() if len(sizes) == 1 else 0
-        few = on_tensors(lambda one: one[:2], whole) if batch > 2 else whole
-        wide = copy.deepcopy(model).double()
-        tries = [(wide, few, 1e-9), (wide, whole, 1e-9), (model, few, TOLERANCE), (model, whole, TOLERANCE)]
-        for self.model, example, self.relative in tries:
-            self.times = batch / 2 if example is few and batch > 2 else 1.0
-            self.example = example if self.model is model else on_tensors(_doubled, example)
-            try:
-                self.expected = self.outputs(self.model)
-            except Exception:
-                if example is whole and self.model is model:
-                    raise
-                continue  # float32, or how many samples there are, is written somewhere in the forward
-            return
-
-    def outputs(self, model: nn.Module) -> list[Tensor]:
-        args, kwargs = on_tensors(torch.clone, self.example)
-        with undisturbed(model), torch.no_grad():
-            return list(tensors_in(model.get_submodule(self.entry)(*args, **kwargs)))
-
-    def cost(self, model: nn.Module) -> Cost:
-        with FlopCounterMode(display=False) as counter:
-            self.outputs(model)
-        tensors = stored_tensors(model).values()
-        return Cost(
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            bytes=sum(tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size()) for tensor in tensors),
-            multiply_adds=round(counter.get_total_flops() / 2 * self.times),
-            by_module=multiply_adds(model.get_submodule(self.entry), counter),
-        )
-
-    def flow(self) -> Flow:
-        return follow(self.model, on_tensors(torch.clone, self.example), self.model.get_submodule(self.entry))
-
-    def cut(self, cuts: Cuts) -> nn.Module:
-        small = copy.deepcopy(self.model)
-        cut_model(small, cuts)
-        return small
-
-    def problem(self, cuts: Cuts) -> str:
-        """Why a smaller model does not compute the same; "" if it does."""
-        twin = copy.deepcopy(self.model)
-        _randomise(twin, cuts)
-        plain = replace(cuts, biases={})
-        random_small = copy.deepcopy(twin)
-        if not cuts.names():
-            return ""
-        try:
-            small = self.cut(cuts)
-            cut_model(random_small, plain)
-            pairs = [(self.outputs(small), self.expected), (self.outputs(random_small), self.outputs(twin))]
-        except Exception as error:  # noqa: BLE001  (the user's own forward)
-            return f"the forward has sizes written in: {str(error).splitlines()[0]}"
-        for found, expected in pairs:
-            if len(found) != len(expected) or not all(_alike(a, b, self.relative) for a, b in zip(found, expected, strict=True)):
-                return "the forward has sizes or places of channels written in"
-        return ""
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _alike(found: Tensor, expected: Tensor, relative: float) -> bool:
-    if found.shape != expected.shape:
-        return False
-    if not found.is_floating_point():
-        return torch.equal(found, expected)
-    most = max(1.0, float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())) if expected.numel() else 1.0
-    return torch.allclose(found, expected, rtol=0, atol=relative * most, equal_nan=True)
-
-
-def _randomise(model: nn.Module, cuts: Cuts) -> None:
-    """Random numbers for all weights, 0 for those that go: whatever the values are, cutting must leave the outputs."""
-    generator, buffers = torch.Generator().manual_seed(0), dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in stored_tensors(model).items():
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            fan = max(1, tensor[0].numel()) if tensor.dim() > 1 else 1
-            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / fan**0.5
-            values = values.abs() + 0.5 if name in buffers else values  # a variance, say
-            tensor.copy_(values)
-            for (own, dim), gone in cuts.gone.items():
-                if own == name:
-                    _clear(tensor, dim, gone, cuts, name)
-
-
-def _clear(tensor: Tensor, dim: Dim, gone: Tensor, cuts: Cuts, name: str) -> None:
-    if isinstance(dim, int):
-        tensor.index_fill_(dim, gone.nonzero().flatten(), 0)
-        return
-    conv = cuts.convs[name]
-    parts = by_group(tensor, conv)
-    shape = [conv.groups, -1, 1] if dim == OUT else [conv.groups, 1, -1]
-    parts.masked_fill_(gone.view([*shape, *[1] * (parts.dim() - 3)]), 0)
-
-
-def _proven(run: _Run, flow: Flow, masked: Mapping[tuple[str, Dim], Tensor]) -> Cuts:
+def _proven(run: Trial, flow: Flow, masked: Mapping[tuple[str, Dim], Tensor]) -> Cuts:
     """What can go, tried out; where the forward does not bear all of it, as much as it bears, parameter by parameter."""
     bias = {name: _can_have_bias(run.model, name) for name in {reading.weight for reading in flow.readings}}
 
@@ -364,6 +245,9 @@ def _proven(run: _Run, flow: Flow, masked: Mapping[tuple[str, Dim], Tensor]) -> 
         return replace(cuts, norms=norms_of(flow, run.model, cuts))
 
     cuts = find()
+    for example in run.unlike(cuts):
+        _keep_unlike(flow, run.flow(example))
+        cuts = find()
     if not run.problem(cuts):
         return cuts
     accepted: set[int] = set()
@@ -376,7 +260,20 @@ def _proven(run: _Run, flow: Flow, masked: Mapping[tuple[str, Dim], Tensor]) -> 
     return find()
 
 
-def _try_heads(run: _Run, masks: Mapping[str, Tensor], names: Mapping[str, str], cuts: Cuts) -> Cuts:
+def _keep_unlike(flow: Flow, other: Flow) -> None:
+    """Have channels stay whose constants are others for an input of another size, which `other` has seen."""
+    if [one.weight for one in flow.readings] != [one.weight for one in other.readings]:
+        return
+    for number, (one, there) in enumerate(zip(flow.readings, other.readings, strict=True)):
+        unlike = (one.values - there.values).abs() > 1e-9 * (1 + one.values.abs())
+        for channel in there.kept:
+            unlike[channel] = True
+        why = f"{one.where} reads it, a constant that depends on the size of the input"
+        kept = dict.fromkeys(unlike.nonzero().flatten().tolist(), why) | dict(one.kept)
+        flow.readings[number] = replace(one, kept=kept)
+
+
+def _try_heads(run: Trial, masks: Mapping[str, Tensor], names: Mapping[str, str], cuts: Cuts) -> Cuts:
     """`cuts` with attention heads, if the model bears that."""
     more = copy.deepcopy(cuts)
     add_heads(run.model, masks, names, more)

@@ -216,12 +216,11 @@ def _product(call: Call) -> list[Shadow]:
     """A matrix product of activations: what it sums over stays; rows, columns and the dimensions before move."""
     first, second = call.args[:2]
     a, b = call.of(first), call.of(second)
-    why = f"{call.reader} sums over it"
     if first.dim() < 2 or second.dim() < 2:
         return unknown(call)
     for known, dim in ((a, -1), (b, -2)):
         if known.units.shape[dim] > 1:
-            call.flow.units.pin(known.units, why)
+            call.flow.units.pin(known.units, _heads(call) if known.units.shape[0] > 1 else f"{call.reader} sums over it")
     sides = [Shadow(a.units[..., :1], a.live), Shadow(b.units[..., :1, :], b.live)]
     shapes = [[*first.shape[:-1], 1], [*second.shape[:-2], 1, second.shape[-1]]]
     units = met_units(call, sides, shapes)
@@ -232,6 +231,16 @@ def _product(call: Call) -> list[Shadow]:
     live = (left @ most[1] > 0) | (most[0] @ right > 0)
     live = live | (call.output != 0) if bool(units.any()) else live  # a sum over as many as the input has
     return [Shadow(units, squeezed(live))]
+
+
+def _heads(call: Call) -> str:
+    """Why channels stay that a forward splits into heads: `x.view(B, T, heads, -1)` says how many there are."""
+    return f"{call.reader} works on heads, and how many is written into the forward (nn.MultiheadAttention can lose whole heads)"
+
+
+def _attention(call: Call) -> list[Shadow]:
+    """`scaled_dot_product_attention`: (..., heads, positions, channels)."""
+    return unknown(call, _heads(call) if call.read[0].dim() > 3 and call.read[0].shape[-3] > 1 else "")
 
 
 def _embedding(call: Call) -> list[Shadow]:
@@ -262,6 +271,7 @@ _RULES: dict[str, Rule] = {
     "constant_pad_nd": zero_padding,
     "copy_": written,
     "glu": gated,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     **dict.fromkeys(_names("channel_shuffle native_channel_shuffle"), shuffled),
     **dict.fromkeys(_names("new_empty new_zeros new_ones new_full new_empty_strided"), empty),
     "as_strided": unknown,

@@ -274,5 +274,6 @@ def reduced(call: Call) -> list[Shadow]:
 
 
 def softmax(call: Call) -> list[Shadow]:
-    """Each element depends on all along a dimension."""
-    return over(call, call.of(call.read[0]), [call.argument(1)], keep=True)
+    """Each element depends on all along a dimension, on how many there are, too: equal ones are no constant."""
+    known = call.of(call.read[0])
+    return over(call, Shadow(known.units, torch.ones_like(known.live)), [call.argument(1)], keep=True)

@@ -35,7 +35,8 @@ from lightning_quant.heads import FewerHeads
 from lightning_quant.narrow import cut_model
 from lightning_quant.prepare import drop_deployed_layers, prepared_groups, quantizer_state
 from lightning_quant.rounding import learn_rounding
-from lightning_quant.shrink import Cost, Shrunk, shrink_model
+from lightning_quant.shrink import Shrunk, shrink_model
+from lightning_quant.trial import Cost
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
