@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_quant.channels import Channels, out_channels
 from lightning_quant.config import raise_problems
 from lightning_quant.graph import Graph
 from lightning_quant.keys import OUTPUT, WEIGHT, Problems
-from lightning_quant.patterns import TRANSPOSED, is_batch_norm
+from lightning_quant.layouts import canonical_shape
+from lightning_quant.patterns import is_batch_norm
 from lightning_quant.pruning import Wanted, passing_kernel
 from lightning_quant.pruning_plan import MaskedTarget, MaskSpec, Pruning, Unit
 from lightning_quant.selection import Modules
@@ -35,13 +36,6 @@ class Work:
     problems: Problems = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     circles: set[frozenset[str]] = field(default_factory=set)
-
-
-def canonical_shape(module: nn.Module, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a parameter with output channels first; of a transposed convolution (in, out / groups, ...) otherwise."""
-    if name == WEIGHT and isinstance(module, TRANSPOSED):
-        return (shape[1] * module.groups, shape[0] // module.groups, *shape[2:])
-    return tuple(shape)
 
 
 # -- aligned targets --------------------------------------------------------------------------------------------------
@@ -104,8 +98,7 @@ def _unfit(target: MaskedTarget, free: tuple[int, ...], work: Work) -> str:
         if tuple(size for size, k in zip(seen.shape, kernel, strict=True) if k == 1) != free:
             return (
                 f"its shape is {list(seen.shape)}, blocks {list(kernel)}, and the mask that it follows has {_times(free)} "
-                f"values; "
-                "change granularity or dims."
+                "values; change granularity or dims."
             )
     return ""
 
@@ -150,8 +143,7 @@ def _find_scale(target: MaskedTarget, work: Work) -> None:
     ):
         work.problems.append(
             f"{target.decided_by}: {target.name}: metric 'slim' scores output channels by the scales of the batch norm that "
-            f"reads "
-            "them, and the recorded forward shows none that reads this layer alone; take another metric."
+            "reads them, and the recorded forward shows none that reads this layer alone; take another metric."
         )
         return
     work.targets[target.name] = replace(target, scale=norm)
@@ -210,8 +202,8 @@ def _unit(members: Sequence[tuple[str, Tensor | None]], wanted: Wanted, first: M
     count = math.prod(first.grid) if at is None else len(at)
     if count % wanted.parts:
         work.problems.append(
-            f"{first.decided_by}: internal_metric_block: {count} blocks of {first.name} do not fall into {wanted.parts} equal "
-            f"parts."
+            f"{first.decided_by}: internal_metric_block: {count} blocks of {first.name} do not fall into {wanted.parts} "
+            "equal parts."
         )
         wanted = replace(wanted, parts=1)
     return Unit(members=tuple(members), wanted=wanted, global_id=first.spec.global_id)
@@ -243,9 +235,9 @@ def _check_equal(members: Sequence[MaskedTarget], what: str, problems: Problems)
             differ.insert(0, f"{math.prod(first.grid)} and {math.prod(other.grid)} blocks")
         if differ:
             problems.append(
-                f"{other.decided_by}: {first.name} and {other.name}: {what} share one mask, but have {', '.join(differ)}; make "
-                f"them "
-                "equal" + (", or give dependencies: false." if what.startswith("their") else ", or leave one out of the group.")
+                f"{other.decided_by}: {first.name} and {other.name}: {what} share one mask, but have {', '.join(differ)}; "
+                "make them equal"
+                + (", or give dependencies: false." if what.startswith("their") else ", or leave one out of the group.")
             )
             return
 
@@ -263,8 +255,7 @@ def _check_global(units: Sequence[Unit], work: Work) -> None:
             if (one.ratio, one.threshold) != (two.ratio, two.threshold):
                 work.problems.append(
                     f"pruning: {names}: global_group_id {key!r} ranks them together, but they have sparse_ratio {one.ratio!r} "
-                    f"and "
-                    f"{two.ratio!r}, sparse_threshold {one.threshold!r} and {two.threshold!r}; make them equal."
+                    f"and {two.ratio!r}, sparse_threshold {one.threshold!r} and {two.threshold!r}; make them equal."
                 )
                 break
             metrics = {work.targets[name].spec.metric for unit in (first, other) for name, _ in unit.members}

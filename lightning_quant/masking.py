@@ -16,7 +16,8 @@ from lightning_quant.config import ConfigError, Rule, contradictions, parse_prun
 from lightning_quant.graph import Graph
 from lightning_quant.intercept import is_prepared
 from lightning_quant.keys import OUTPUT, WEIGHT, Blocks, Problems, guess
-from lightning_quant.mask_groups import Work, canonical_shape, check_targets, follow, units_of
+from lightning_quant.layouts import canonical_shape
+from lightning_quant.mask_groups import Work, check_targets, follow, units_of
 from lightning_quant.matching import expand
 from lightning_quant.patterns import is_batch_norm, is_head
 from lightning_quant.plan import scope_of
@@ -204,9 +205,8 @@ def _computed(name: str, module: nn.Module, target: str) -> str:
     if isinstance(getattr(owner, own, None), Tensor) and own not in owner._buffers:
         return (
             f"the {target} of {name!r} is no Parameter of its own (parametrized or weight-normed), so a mask could not stay in "
-            f"it; "
-            f"make it permanent first (torch.nn.utils.parametrize.remove_parametrizations(module, {own!r})) or leave the layer "
-            f"out."
+            f"it; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations(module, {own!r})) or leave the "
+            "layer out."
         )
     return ""
 
@@ -361,8 +361,8 @@ def _checked_kernel(spec: MaskSpec, shape: tuple[int, ...]) -> tuple[int, ...] |
         found
         if count <= _MANY
         else (
-            f"metric 'fpgm' compares every block with every other, and it has {count}; at most {_MANY}: take larger blocks or "
-            "another metric."
+            f"metric 'fpgm' compares every block with every other, and it has {count}; at most {_MANY}: take larger blocks "
+            "or another metric."
         )
     )
 
