@@ -25,7 +25,11 @@ from lightning_quant.targets import is_activation, owner_of
 
 @dataclass
 class Work:
-    """What is known while a plan is being made."""
+    """What is known while a plan is being made.
+
+    `taught`: modules that are the teacher's; `left`: those that an entry swept up and that stay as they are:
+    (the entry, the name, why).
+    """
 
     modules: Modules
     channels: Channels
@@ -36,6 +40,8 @@ class Work:
     problems: Problems = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     circles: set[frozenset[str]] = field(default_factory=set)
+    taught: frozenset[str] = frozenset()
+    left: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 # -- aligned targets --------------------------------------------------------------------------------------------------
@@ -288,7 +294,7 @@ def _note_partners(by_layer: Mapping[str, MaskedTarget], work: Work) -> None:
 def follow(work: Work) -> None:
     """Batch norms and depthwise convolutions behind masked layers, and layers before masked batch norms, have their masks."""
     masked = {target.module for target in work.targets.values() if _rows(target, work)}
-    chosen = {target.module for target in work.targets.values()}
+    chosen = {*work.taught, *(target.module for target in work.targets.values())}
     before = {norm: layer for layer, norm in work.channels.norm_behind.items()}
     for norm in [norm for norm in before if norm in masked and before[norm] not in chosen]:
         _add_followers(before[norm], f"as {norm} behind it", work)
