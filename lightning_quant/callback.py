@@ -275,7 +275,7 @@ class QuantFusionCallback(Compresses):
         plan = (
             Plan(layers=()) if self.config_list is None else plan_from_graph(pl_module, self.config_list, seen.graph, **options)
         )
-        self._plan_masks(pl_module, seen.graph)
+        self._plan_masks(pl_module, seen.graph, plan)
         if self._example is not None and self._entry != (self.root or ""):
             note = f"recorded from {self._entry!r}, the first module that training_step calls; else give example_input"
             if plan.notes:

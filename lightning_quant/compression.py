@@ -22,6 +22,7 @@ from lightning_quant.distiller import Distiller
 from lightning_quant.evaluation import EvaluatesAsShipped
 from lightning_quant.graph import Graph
 from lightning_quant.keys import DISTILLATION_METHODS
+from lightning_quant.layers import Plan
 from lightning_quant.masked import unmask_all
 from lightning_quant.masks import Masks, make_pruning
 from lightning_quant.prepare import LEARNED, drop_deployed_layers, prepared_groups
@@ -60,10 +61,12 @@ class Compresses(EvaluatesAsShipped):
 
     # -- attach ---------------------------------------------------------------------------------------------------------
 
-    def _plan_masks(self, pl_module: nn.Module, graph: Graph | None) -> None:
-        """Decide what is masked, on the float model that `graph` is a forward of."""
+    def _plan_masks(self, pl_module: nn.Module, graph: Graph | None, plan: Plan) -> None:
+        """Decide what is masked, on the float model that `graph` is a forward of and `plan` quantizes."""
         if self.pruning is not None:
-            self.pruning_plan = make_pruning(pl_module, self.pruning, graph, root=self.root)
+            given = None if self._distiller is None else self._distiller.given
+            teacher = given if isinstance(given, nn.Module) else None
+            self.pruning_plan = make_pruning(pl_module, self.pruning, graph, root=self.root, teacher=teacher, quantized=plan)
 
     def _attach_masks(self, pl_module: nn.Module) -> None:
         """Before quantizers: they see what is masked."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_quant.channels import Channels, out_channels
 from lightning_quant.config import raise_problems
 from lightning_quant.graph import Graph
 from lightning_quant.keys import OUTPUT, WEIGHT, Problems
-from lightning_quant.patterns import TRANSPOSED, is_batch_norm
+from lightning_quant.layouts import canonical_shape
+from lightning_quant.patterns import is_batch_norm
 from lightning_quant.pruning import Wanted, passing_kernel
 from lightning_quant.pruning_plan import MaskedTarget, MaskSpec, Pruning, Unit
 from lightning_quant.selection import Modules
@@ -24,7 +25,11 @@ from lightning_quant.targets import is_activation, owner_of
 
 @dataclass
 class Work:
-    """What is known while a plan is being made."""
+    """What is known while a plan is being made.
+
+    `taught`: modules that are the teacher's; `left`: those that an entry swept up and that stay as they are:
+    (the entry, the name, why).
+    """
 
     modules: Modules
     channels: Channels
@@ -35,13 +40,8 @@ class Work:
     problems: Problems = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     circles: set[frozenset[str]] = field(default_factory=set)
-
-
-def canonical_shape(module: nn.Module, name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a parameter with output channels first; of a transposed convolution (in, out / groups, ...) otherwise."""
-    if name == WEIGHT and isinstance(module, TRANSPOSED):
-        return (shape[1] * module.groups, shape[0] // module.groups, *shape[2:])
-    return tuple(shape)
+    taught: frozenset[str] = frozenset()
+    left: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 # -- aligned targets --------------------------------------------------------------------------------------------------
@@ -104,8 +104,7 @@ def _unfit(target: MaskedTarget, free: tuple[int, ...], work: Work) -> str:
         if tuple(size for size, k in zip(seen.shape, kernel, strict=True) if k == 1) != free:
             return (
                 f"its shape is {list(seen.shape)}, blocks {list(kernel)}, and the mask that it follows has {_times(free)} "
-                f"values; "
-                "change granularity or dims."
+                "values; change granularity or dims."
             )
     return ""
 
@@ -150,8 +149,7 @@ def _find_scale(target: MaskedTarget, work: Work) -> None:
     ):
         work.problems.append(
             f"{target.decided_by}: {target.name}: metric 'slim' scores output channels by the scales of the batch norm that "
-            f"reads "
-            "them, and the recorded forward shows none that reads this layer alone; take another metric."
+            "reads them, and the recorded forward shows none that reads this layer alone; take another metric."
         )
         return
     work.targets[target.name] = replace(target, scale=norm)
@@ -210,8 +208,8 @@ def _unit(members: Sequence[tuple[str, Tensor | None]], wanted: Wanted, first: M
     count = math.prod(first.grid) if at is None else len(at)
     if count % wanted.parts:
         work.problems.append(
-            f"{first.decided_by}: internal_metric_block: {count} blocks of {first.name} do not fall into {wanted.parts} equal "
-            f"parts."
+            f"{first.decided_by}: internal_metric_block: {count} blocks of {first.name} do not fall into {wanted.parts} "
+            "equal parts."
         )
         wanted = replace(wanted, parts=1)
     return Unit(members=tuple(members), wanted=wanted, global_id=first.spec.global_id)
@@ -243,9 +241,9 @@ def _check_equal(members: Sequence[MaskedTarget], what: str, problems: Problems)
             differ.insert(0, f"{math.prod(first.grid)} and {math.prod(other.grid)} blocks")
         if differ:
             problems.append(
-                f"{other.decided_by}: {first.name} and {other.name}: {what} share one mask, but have {', '.join(differ)}; make "
-                f"them "
-                "equal" + (", or give dependencies: false." if what.startswith("their") else ", or leave one out of the group.")
+                f"{other.decided_by}: {first.name} and {other.name}: {what} share one mask, but have {', '.join(differ)}; "
+                "make them equal"
+                + (", or give dependencies: false." if what.startswith("their") else ", or leave one out of the group.")
             )
             return
 
@@ -263,8 +261,7 @@ def _check_global(units: Sequence[Unit], work: Work) -> None:
             if (one.ratio, one.threshold) != (two.ratio, two.threshold):
                 work.problems.append(
                     f"pruning: {names}: global_group_id {key!r} ranks them together, but they have sparse_ratio {one.ratio!r} "
-                    f"and "
-                    f"{two.ratio!r}, sparse_threshold {one.threshold!r} and {two.threshold!r}; make them equal."
+                    f"and {two.ratio!r}, sparse_threshold {one.threshold!r} and {two.threshold!r}; make them equal."
                 )
                 break
             metrics = {work.targets[name].spec.metric for unit in (first, other) for name, _ in unit.members}
@@ -297,7 +294,7 @@ def _note_partners(by_layer: Mapping[str, MaskedTarget], work: Work) -> None:
 def follow(work: Work) -> None:
     """Batch norms and depthwise convolutions behind masked layers, and layers before masked batch norms, have their masks."""
     masked = {target.module for target in work.targets.values() if _rows(target, work)}
-    chosen = {target.module for target in work.targets.values()}
+    chosen = {*work.taught, *(target.module for target in work.targets.values())}
     before = {norm: layer for layer, norm in work.channels.norm_behind.items()}
     for norm in [norm for norm in before if norm in masked and before[norm] not in chosen]:
         _add_followers(before[norm], f"as {norm} behind it", work)

@@ -46,8 +46,7 @@ class PassingMask:
         if len(kernel) != x.dim() or [size for size, k in zip(x.shape, kernel, strict=False) if k == 1] != list(self.mask.shape):
             raise ConfigError(
                 f"{self.name}: a tensor of shape {list(x.shape)} came by, and its mask of shape {list(self.mask.shape)} lies "
-                f"along "
-                f"blocks {list(kernel)}; change the target's granularity."
+                f"along blocks {list(kernel)}; change the target's granularity."
             )
         mask = self.mask.to(x.device).reshape(shape)
         return x * mask if self.method == "mul" else x + torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, _MASKED)

@@ -16,7 +16,9 @@ from lightning_quant.config import ConfigError, Rule, contradictions, parse_prun
 from lightning_quant.graph import Graph
 from lightning_quant.intercept import is_prepared
 from lightning_quant.keys import OUTPUT, WEIGHT, Blocks, Problems, guess
-from lightning_quant.mask_groups import Work, canonical_shape, check_targets, follow, units_of
+from lightning_quant.layers import Plan
+from lightning_quant.layouts import canonical_shape
+from lightning_quant.mask_groups import Work, check_targets, follow, units_of
 from lightning_quant.matching import expand
 from lightning_quant.patterns import is_batch_norm, is_head
 from lightning_quant.plan import scope_of
@@ -26,6 +28,7 @@ from lightning_quant.pruning_plan import MaskedTarget, MaskSpec, Pruning, Prunin
 from lightning_quant.selection import Modules, select
 from lightning_quant.settings import PruningSetting, Setting, checked_setting, is_called
 from lightning_quant.sites import is_operator
+from lightning_quant.spared import check_zeros, note_frozen, note_spared, of_teacher, spared
 from lightning_quant.targets import is_activation, is_input, owner_of, parameters_named
 
 _DECIDES = ("sparse_ratio", "sparse_threshold", "pattern", "align")
@@ -40,6 +43,8 @@ def make_pruning(
     graph: Graph | None = None,
     settings: Mapping[str, Setting] | None = None,
     root: str | None = None,
+    teacher: nn.Module | None = None,
+    quantized: Plan | None = None,
 ) -> PruningPlan:
     """Decide which tensors of `model` are masked, how and when; changes nothing.
 
@@ -48,6 +53,11 @@ def make_pruning(
         graph: the recorded forward of the model, or of `root`; without it no dependencies are found.
         settings: settings of module types (class name or dotted path -> target -> keys) for this plan only.
         root: the submodule that names are relative to.
+        teacher: a module that is never masked, though it may be one of the model's.
+        quantized: how the model will be quantized: what is masked must have a 0 there.
+
+    With a graph, a layer that the recorded forward does not use (of a frozen net beside the one that trains, say) is masked only
+    where `op_names` names it.
 
     Raises:
         ConfigError: with every problem found.
@@ -59,6 +69,7 @@ def make_pruning(
     modules = Modules(scope_of(model, root), root or "")
     channels = Channels(graph if options.dependencies or _uses_slim(rules) else None, modules.by_name)
     work = Work(modules, channels, graph, options, f"{root}." if root else "")
+    work.taught = of_teacher(modules, teacher)
     local = _local_settings(settings, modules, work.problems)
     for rule in rules:
         _apply(rule, work, local)
@@ -66,6 +77,7 @@ def make_pruning(
         work.notes.append("no recorded forward: layers whose channels meet are masked one by one; give example_input")
     elif not graph.shapes:
         work.notes.append("the forward was traced without shapes: layers whose channels meet are masked one by one")
+    note_spared(work)
     raise_problems(work.problems)
     check_targets(work)
     raise_problems(work.problems)
@@ -73,6 +85,9 @@ def make_pruning(
     raise_problems(work.problems)
     if options.dependencies:
         follow(work)
+    check_zeros(work, quantized)
+    raise_problems(work.problems)
+    note_frozen(work)
     if not any(target.scored for target in work.targets.values()):
         work.notes.insert(0, "nothing is masked: no entry gives sparse_ratio, sparse_threshold, min_sparse_ratio or pattern")
     order = {name: place for place, name in enumerate(modules.by_name)}
@@ -128,9 +143,11 @@ def _apply(rule: Rule, work: Work, local: Mapping[str, Setting]) -> None:
             else:
                 left.append(f"{name} ({type(module).__name__})")
             continue
+        chosen += 1
+        if spared(name, rule, work, named=named):
+            continue
         before = len(work.problems)
         found = _targets(rule, setting, name, module, work.problems)
-        chosen += 1
         if len(work.problems) > before:
             continue
         ends = "" if named or not found else _end(name, found, rule, setting, module, work)
@@ -204,9 +221,8 @@ def _computed(name: str, module: nn.Module, target: str) -> str:
     if isinstance(getattr(owner, own, None), Tensor) and own not in owner._buffers:
         return (
             f"the {target} of {name!r} is no Parameter of its own (parametrized or weight-normed), so a mask could not stay in "
-            f"it; "
-            f"make it permanent first (torch.nn.utils.parametrize.remove_parametrizations(module, {own!r})) or leave the layer "
-            f"out."
+            f"it; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations(module, {own!r})) or leave the "
+            "layer out."
         )
     return ""
 
@@ -361,8 +377,8 @@ def _checked_kernel(spec: MaskSpec, shape: tuple[int, ...]) -> tuple[int, ...] |
         found
         if count <= _MANY
         else (
-            f"metric 'fpgm' compares every block with every other, and it has {count}; at most {_MANY}: take larger blocks or "
-            "another metric."
+            f"metric 'fpgm' compares every block with every other, and it has {count}; at most {_MANY}: take larger blocks "
+            "or another metric."
         )
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from lightning_quant.config import ConfigError
 from lightning_quant.keys import OUTPUT, WEIGHT
-from lightning_quant.mask_groups import aligned_order, canonical_shape
+from lightning_quant.layouts import canonical_shape, columns, first_out, raw
+from lightning_quant.mask_groups import aligned_order
 from lightning_quant.masked import PassingMask, mask_passing, unmask_passing
 from lightning_quant.masking import make_pruning
-from lightning_quant.patterns import TRANSPOSED, is_batch_norm
+from lightning_quant.patterns import is_batch_norm
 from lightning_quant.prepare import drop_deployed_layers
 from lightning_quant.pruning import METRICS, Evidence, Metric, blocks_of, global_masks, n_of_m, one_mask, reduced, spread
 from lightning_quant.pruning_plan import MaskedTarget, Pruning, PruningPlan, Unit
@@ -79,8 +80,8 @@ class Masks:
                 shape = canonical_shape(module, target.values, self._parameter(module, target).shape)
                 if shape != target.shape:
                     raise ConfigError(
-                        f"the plan masks {target.name!r} of shape {list(target.shape)}, and here it has {list(shape)}; make "
-                        f"the plan anew."
+                        f"the plan masks {target.name!r} of shape {list(target.shape)}, and here it has {list(shape)}; "
+                        "make the plan anew."
                     )
 
     def _parameter(self, module: nn.Module, target: MaskedTarget) -> Tensor:
@@ -130,17 +131,6 @@ class Masks:
         before = self._statistics.get(name)
         self._statistics[name] = step if before is None else before.to(step.device) + step
         self._counts[name] = self._counts.get(name, 0) + 1
-
-    def merge(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Replace what was gathered by `reduce` of it (float32, one vector): its mean over processes.
-
-        Needed only where their gradients differ; DDP has averaged them by the time of `after_backward`.
-        """
-        names = sorted(self._statistics)
-        if names:
-            packed = reduce(torch.cat([self._statistics[name] for name in names]))
-            parts = packed.split([len(self._statistics[name]) for name in names])
-            self._statistics.update(zip(names, parts, strict=True))
 
     def __repr__(self) -> str:
         masks = self.by_target().values()
@@ -321,10 +311,10 @@ class Masks:
         """What the mask of one target does to the parameters of its module."""
         module, mask = self._modules[target.module], self._mask(target)
         if not is_activation(target.target):
-            return {target.target: _raw(module, target.target, spread(mask, target.shape, target.kernel), target.shape)}
+            return {target.target: raw(module, target.target, spread(mask, target.shape, target.kernel), target.shape)}
         if target.target != OUTPUT and not is_batch_norm(module):
-            return {WEIGHT: _columns(module, mask)}
-        rows = _raw(module, WEIGHT, mask.reshape(-1, *(1,) * (len(target.shape) - 1)), target.shape)
+            return {WEIGHT: columns(module, mask)}
+        rows = raw(module, WEIGHT, mask.reshape(-1, *(1,) * (len(target.shape) - 1)), target.shape)
         biased = target.target == OUTPUT and module._parameters.get("bias") is not None
         return {WEIGHT: rows, **({"bias": mask} if biased else {})}
 
@@ -344,7 +334,7 @@ class Masks:
     def _blocks(self, target: MaskedTarget, x: Tensor) -> Tensor:
         """(blocks, values) float32 of a tensor with the shape of its parameter."""
         module = self._modules[target.module]
-        return blocks_of(_first_out(module, str(target.values), x).float(), target.kernel)
+        return blocks_of(first_out(module, str(target.values), x).float(), target.kernel)
 
     def _scale(self, target: MaskedTarget) -> Tensor:
         scale: Tensor | None = self._modules[target.scale or target.module]._parameters[WEIGHT]
@@ -409,9 +399,8 @@ class Masks:
         if own != state["decisions"]:
             names = sorted(name for name in {*own, *state["decisions"]} if own.get(name) != state["decisions"].get(name))
             raise ConfigError(
-                f"the saved masks are of another `pruning`: {', '.join(names)} differ. Use the `pruning` of that run, or load "
-                f"only "
-                "its weights and start a new fit."
+                f"the saved masks are of another `pruning`: {', '.join(names)} differ. Use the `pruning` of that run, or "
+                "load only its weights and start a new fit."
             )
         self.done, self._counts = state["done"], dict(state["counts"])
         self._masks, self._statistics = dict(state["masks"]), dict(state["statistics"])
@@ -459,39 +448,6 @@ def _of_rows(target: MaskedTarget) -> bool:
     """Whether its mask is one of output channels."""
     rows = target.kernel[:1] == (1,) and all(k == -1 for k in target.kernel[1:])
     return rows and target.values == WEIGHT and target.target in (WEIGHT, OUTPUT)
-
-
-def _first_out(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """A tensor with a parameter's shape, output channels first."""
-    if name != WEIGHT or not isinstance(module, TRANSPOSED):
-        return x
-    groups = module.groups
-    split = x.reshape(groups, x.shape[0] // groups, *x.shape[1:]).transpose(1, 2)
-    return split.reshape(canonical_shape(module, name, x.shape))
-
-
-def _raw(module: nn.Module, name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The reverse of `_first_out`, of a mask that multiplies a tensor of `shape`."""
-    if name != WEIGHT or not isinstance(module, TRANSPOSED):
-        return mask
-    if module.groups == 1:
-        return mask.transpose(0, 1)
-    groups = module.groups
-    whole = mask.expand(shape[0], shape[1], *mask.shape[2:])
-    split = whole.reshape(groups, shape[0] // groups, *whole.shape[1:]).transpose(1, 2)
-    return split.reshape(shape[1] * groups, shape[0] // groups, *whole.shape[2:])
-
-
-def _columns(module: nn.Module, mask: Tensor) -> Tensor:
-    """What a mask of input channels does to the weight that reads them."""
-    weight = module._parameters[WEIGHT]
-    assert weight is not None
-    rest = (1,) * (weight.dim() - 2)
-    groups = getattr(module, "groups", 1)
-    if isinstance(module, TRANSPOSED):
-        return mask.reshape(-1, 1, *rest)
-    columns = mask.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
-    return columns.reshape(weight.shape[0], -1, *rest) if groups > 1 else mask.reshape(1, -1, *rest)
 
 
 __all__ = ["MaskedTarget", "Masks", "Pruning", "PruningPlan", "make_pruning"]

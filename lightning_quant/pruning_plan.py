@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_quant.channels import Channels
 from lightning_quant.config import ConfigError, check_fields
 from lightning_quant.keys import Blocks
-from lightning_quant.pruning import METRICS, Wanted
+from lightning_quant.pruning import Wanted
 from lightning_quant.schedule import Moment, Pace
 from lightning_quant.tables import html_table, text_table
 
@@ -185,11 +185,6 @@ class PruningPlan:
     def _rows(self) -> list[tuple[str, ...]]:
         shared = {name: _others(name, unit) for unit in self.units for name, _ in unit.members if len(unit.members) > 1}
         return [_row(target, shared.get(target.name, "")) for target in self.targets]
-
-    @property
-    def gathers(self) -> bool:
-        """Whether a metric needs the gradients of training steps."""
-        return any(target.scored and METRICS[target.spec.metric].step is not None for target in self.targets)
 
     def decisions(self) -> dict[str, str]:
         """What is decided for each target, as text; masks of a checkpoint fit a plan with equal texts."""

@@ -203,8 +203,7 @@ class Pace:
         if pair is None:
             raise ConfigError(
                 f"schedule: start={self.start!r} and stop={self.stop!r} are not of one unit, and the steps lie between them; "
-                f"give "
-                "both as steps, as epochs or as shares of the run."
+                "give both as steps, as epochs or as shares of the run."
             )
         if pair[1] <= pair[0]:
             raise ConfigError(f"schedule: stop={self.stop!r} comes no later than start={self.start!r}; let it come later.")

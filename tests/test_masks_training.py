@@ -233,7 +233,7 @@ def test_a_step_that_overflowed_is_not_counted() -> None:
 
 def test_gradients_are_waited_for() -> None:
     loop = Loop({"config_list": conv_entry(sparse_ratio=0.5, metric="taylor")["config_list"], "schedule": "one_shot"})
-    assert not loop.masks.step(clock(0)) and loop.masks.plan.gathers
+    assert not loop.masks.step(clock(0))
     loop.run(0, 1)
     assert loop.masks.step(clock(1)) and loop.masks.sparsity()["conv1.weight"] == 0.5
 
@@ -249,20 +249,6 @@ def test_slim_pulls_scales_to_zero_until_the_last_mask() -> None:
         before = scale.grad.clone()
         loop.masks.after_backward()
         torch.testing.assert_close(scale.grad - before, 0.25 * scale.detach().sign() * adds)
-
-
-def test_statistics_of_processes_are_merged_in_one_vector() -> None:
-    one, other = (Loop(conv_entry(sparse_ratio=0.5, metric="taylor")) for _ in range(2))
-    one.run(0, 3)
-    other.run(4, 6)
-    sent: list[Tensor] = []
-    other.masks.merge(lambda packed: sent.append(packed) or packed)  # type: ignore[func-returns-value]
-    own = {name: one.masks.state_dict()["statistics"][name] for name in ("conv1.weight", "conv2.weight")}
-    one.masks.merge(lambda packed: (packed + sent[0]) / 2)
-    theirs = other.masks.state_dict()["statistics"]
-    for name, tensor in one.masks.state_dict()["statistics"].items():
-        torch.testing.assert_close(tensor, (own[name] + theirs[name]) / 2)
-    assert len(sent) == 1 and sent[0].shape == (16,)
 
 
 def test_a_parameter_without_gradient_is_waited_for() -> None:
