@@ -19,6 +19,7 @@ from lightning_quant.links import Link, Links, TeacherNames, make_links
 from lightning_quant.prepare import LEARNED, Learned
 from lightning_quant.record import moved, split_example
 from lightning_quant.taps import Place, Seen, Taps
+from lightning_quant.targets import is_input
 from lightning_quant.teacher import SELF, Teacher, checked_teacher, evaluating, found_teacher
 
 
@@ -83,6 +84,8 @@ class _Run:
         modules = {link.module: model.get_submodule(link.module) if link.module else self.called for link in links.links}
         self.student = Taps({(link.module, link.target): modules[link.module] for link in links.links})
         self.taught = Taps({(name, link.target): names.by_name[name] for link in links.links for name in link.teachers})
+        # What the teacher is given the student gets next, and may write over it.
+        self.taught.copies.update({place: True for place in self.taught.places if is_input(place[1])})
         compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())
         # Compiled code has the hooks of when it was compiled; of these places nothing has been seen yet.
         self.unseen = set(self.student.places) if compiled else set()

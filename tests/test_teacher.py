@@ -33,7 +33,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from toys import FUSED, Calls, Lit, Net, fingerprint
 
-from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
+from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model
 from lightning_quant.prepare import LEARNED, learned_parameters, restore_model
 
 # -- fits, against the same loss written into the step -----------------------------------------------------------------------
@@ -303,6 +303,28 @@ def test_projections_train_and_resume_bit_for_bit(tmp_path: Path, quiet_trainer:
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(resumed).values(), strict=True))
     pairs = zip(straight.distiller.learned.values(), again.distiller.learned.values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_first_batch_of_a_resumed_int8_fit_sums_gradients_as_it_would_be_summed_later(
+    tmp_path: Path, quiet_trainer: Make
+) -> None:
+    """The student's tensor goes on to its next layer and to the projection: two gradients, in an order and a memory layout."""
+    torch.manual_seed(3)
+    teacher = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(768, 4))
+    entries = [{"op_names": ["relu1"], "link": "1", "lambda": 0.2}]
+
+    def run(epochs: int, seed: int = 0, **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        model, callback = Lit(optimizer="adam"), QuantFusionCallback("int8", distillation=entries, teacher=teacher, verbose=0)
+        keeper = ModelCheckpoint(dirpath=tmp_path / f"{epochs} {seed}", save_last=True)
+        fit(quiet_trainer, model, callback, keeper, max_epochs=epochs, enable_checkpointing=True, **options)
+        return weights(model)
+
+    straight = run(3)
+    run(1)
+    resumed = run(3, seed=1, ckpt_path=tmp_path / "1 0" / "last.ckpt")
+    assert {name: float((straight[name] - value).abs().max()) for name, value in resumed.items()} == dict.fromkeys(straight, 0.0)
 
 
 def test_a_projection_learns_the_regression(quiet_trainer: Make) -> None:
