@@ -28,7 +28,7 @@ from distils import (
     weights,
 )
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from toys import FUSED, Calls, Lit, Net, fingerprint
@@ -325,6 +325,51 @@ def test_the_first_batch_of_a_resumed_int8_fit_sums_gradients_as_it_would_be_sum
     run(1)
     resumed = run(3, seed=1, ckpt_path=tmp_path / "1 0" / "last.ckpt")
     assert {name: float((straight[name] - value).abs().max()) for name, value in resumed.items()} == dict.fromkeys(straight, 0.0)
+
+
+class TwoGroups(Lit):
+    """With what is learned of the first layers in the first group, and the rest in the second, both before others' numbers."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = list(self.parameters())
+        return torch.optim.Adam([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.01)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_projection_may_be_new_or_given_up_at_a_resume(given_up: bool, tmp_path: Path, quiet_trainer: Make) -> None:
+    """What else the optimizer kept is there again: of the model's own parameters, and of scales that are learned in both runs."""
+    teacher = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.Flatten(), nn.Linear(768, 4))
+    options: dict[str, Any] = {"distillation": [{"op_names": ["relu1"], "link": "0"}], "teacher": teacher}
+    entries = [{"op_types": ["Conv2d", "Linear"], "method": "lsq"}]
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            states = trainer.optimizers[0].state
+            found = {**dict(pl_module.named_parameters()), **learned_parameters(pl_module)}
+            self.kept = {name: copy.deepcopy(states[p]) for name, p in found.items() if p in states}
+            self.names = {id(p): name for name, p in found.items()}
+            groups = trainer.optimizers[0].param_groups
+            self.groups = [[self.names[id(p)] for p in group["params"]] for group in groups]
+            self.values = {name: p.detach().clone() for name, p in found.items()}
+            trainer.should_stop = True
+
+    torch.manual_seed(0)
+    callback = QuantFusionCallback(entries, verbose=0, **(options if given_up else {}))
+    trainer = fit(quiet_trainer, first := TwoGroups(), callback, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    states = trainer.optimizers[0].state
+    before = {name: states[p] for name, p in {**dict(first.named_parameters()), **learned_parameters(first)}.items()}
+    ours = {name for name in before if "->" in name}
+    again, seen = QuantFusionCallback(entries, verbose=0, **({} if given_up else options)), Looks()
+    fit(quiet_trainer, second := TwoGroups(), again, seen, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert len(ours) == 2 * given_up and "conv1.weight.scale" in before
+    assert {name: {key: float(value.sum()) for key, value in state.items()} for name, state in seen.kept.items()} == {
+        name: {key: float(value.sum()) for key, value in state.items()} for name, state in before.items() if name not in ours
+    }
+    now = learned_parameters(second)
+    new = [name for name in now if "->" in name]
+    assert len(new) == 2 * (not given_up) and {name for group in seen.groups for name in group} == {*before, *new} - ours
+    assert all(not torch.equal(now[name], seen.values[name]) for name in new)  # they train
 
 
 def test_a_projection_learns_the_regression(quiet_trainer: Make) -> None:
