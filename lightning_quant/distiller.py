@@ -83,7 +83,15 @@ class _Run:
         self.called, self.entry = model.get_submodule(entry), entry
         modules = {link.module: model.get_submodule(link.module) if link.module else self.called for link in links.links}
         self.student = Taps({(link.module, link.target): modules[link.module] for link in links.links})
-        self.taught = Taps({(name, link.target): names.by_name[name] for link in links.links for name in link.teachers})
+        self.taught = Taps(
+            {
+                # The teacher's own output shows outside of a compiled one, too.
+                (name, link.target): teacher.called if name == names.called and not is_input(link.target) else names.by_name[name]
+                for link in links.links
+                for name in link.teachers
+            }
+        )
+        teacher.show(self.taught.places.values())
         # What the teacher is given the student gets next, and may write over it.
         self.taught.copies.update({place: True for place in self.taught.places if is_input(place[1])})
         compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())

@@ -78,7 +78,8 @@ class TeacherNames:
         self.kind, self.entry = type(teacher).__name__, uncompiled_name(entry)
         inside = {id(module) for module in called.modules()}
         self.inside = {name for name, module in self.by_name.items() if id(module) in inside}
-        self.called: str = next(name for name, module in self.by_name.items() if module is called)
+        inner = getattr(called, "_orig_mod", called)  # of a compiled module
+        self.called: str = next(name for name, module in self.by_name.items() if module in (called, inner))
 
     def same(self, module: str) -> str | None:
         """The teacher's name of what the student calls `module`, or None; the model itself is what is called."""

@@ -208,17 +208,8 @@ def test_in_manual_optimization_the_step_asks_for_the_loss(quiet_trainer: Make) 
 def test_compiled_modules(whole: bool, quiet_trainer: Make) -> None:
     torch.compiler.reset()
 
-    class Inside(Lit):
-        def __init__(self) -> None:
-            LightningModule.__init__(self)
-            self.lr, self.optimizer, self.net = 0.05, "sgd", Net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.net(x)
-            return out
-
     torch.manual_seed(0)
-    model: Any = Lit() if whole else Inside()
+    model: Any = Lit() if whole else Inside(Net())
     reference = ByHand.of(teacher_net())
     if not whole:
         model.net = torch.compile(model.net, backend="eager")
@@ -231,6 +222,84 @@ def test_compiled_modules(whole: bool, quiet_trainer: Make) -> None:
     fit(quiet_trainer, reference, max_epochs=2)
     assert len(callback.losses) == 8 and all(f"{prefix}pool._output_" in losses for losses in callback.losses)
     assert_close(model if whole else model.net._orig_mod, reference)
+
+
+class Inside(Lit):
+    """`Lit` around a net of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        LightningModule.__init__(self)
+        self.lr, self.optimizer, self.net = 0.05, "sgd", net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_teacher_shows_its_layers_also_when_it_was_compiled_for_a_validation(quiet_trainer: Make) -> None:
+    """The fit is that of the same nets, not compiled. Code of the student's validation is that of its copy's forward, too."""
+    torch.compiler.reset()
+    entries = [{"op_names": ["net.pool"]}, {"op_names": ["net.fc"], "target_names": ["_input_"]}]
+
+    def run(compiled: bool, teacher: Any) -> tuple[Inside, dict[str, float]]:
+        torch.manual_seed(0)
+        model: Any = Inside(Net())
+        if compiled:
+            model.net = torch.compile(model.net, backend="eager")
+        callback = Distils(entries, teacher)
+        fit(quiet_trainer, model, callback, num_sanity_val_steps=1)
+        return getattr(model.net, "_orig_mod", model.net), callback.losses[-1]
+
+    other: Any = Inside(teacher_net())
+    other.net = torch.compile(other.net, backend="eager")
+    with torch.no_grad():
+        other.eval()(torch.zeros(16, 3, 8, 8))
+    for own, twin in (("self", "self"), (other, Inside(teacher_net()))):
+        found, losses = run(True, own)
+        expected, wanted = run(False, twin)
+        assert_close(found, expected)
+        assert losses == pytest.approx(wanted, rel=1e-4) and losses["net.pool._output_"] > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_teacher_that_is_compiled_itself(quiet_trainer: Make) -> None:
+    """Of its output alone the compiled code is run; of what is inside, the layers."""
+    torch.compiler.reset()
+    student, x = Net(), torch.randn(4, 3, 8, 8)
+    runs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: runs.append(1) or graph.forward(*args)  # type: ignore[func-returns-value]
+
+    teacher: Any = torch.compile(teacher_net(), backend=backend)
+    for entries in ("mse", ["mse", {"op_names": ["pool"]}, {"op_names": [""], "target_names": ["_input_"]}]):
+        found = added(begun(entries, student, teacher), student, x)
+        expected = added(begun(entries, student, teacher_net()), student, x)
+        assert len(found) == len(expected) and {key: float(value) for key, value in found.items()} == pytest.approx(
+            {key: float(value) for key, value in expected.items()}, rel=1e-5
+        )
+        assert bool(runs) == (entries == "mse")
+        runs.clear()
+
+
+def test_the_teachers_forward_may_ask_the_trainer(tmp_path: Path, quiet_trainer: Make) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    class Asks(Lit):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append((self.training, self.trainer.current_epoch))
+            if self.trainer.global_step > 0:
+                self.log("asked", float(self.training))  # Lightning has no place for it outside of a hook
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Asks()
+    options: dict[str, Any] = {"distillation": "kl", "verbose": 0, "example_input": IMAGE}
+    trainer = fit(quiet_trainer, model, QuantFusionCallback(teacher="self", **options), enable_checkpointing=False)
+    assert {(False, 1), (True, 1)} <= set(asked) and "log" not in model.__dict__
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(quiet_trainer, Asks(), QuantFusionCallback(teacher=tmp_path / "a.ckpt", **options), max_epochs=1)
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------------
