@@ -185,7 +185,8 @@ class QuantFusionCallback(Compresses):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember whose checkpoint may be restored next; a module prepared in an earlier fit takes its state at once."""
         super().setup(trainer, pl_module, stage)
-        check_precision(trainer)
+        if self.config_list is not None:
+            check_precision(trainer)
         stand_before_finetuning(trainer, self)
         self._module = pl_module if self._module is pl_module and self._is_attached(pl_module) else None
         self._pending, self._late, self._loading = None, False, None

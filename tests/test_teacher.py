@@ -144,6 +144,31 @@ def test_the_own_loss_may_weigh_less(quiet_trainer: Make) -> None:
     assert [set(outputs) for outputs in model.seen] == [{"loss", "more"}, set(), {"loss", "more"}, {"loss", "more"}]
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("calls", [False, True])
+def test_the_first_batches_may_be_skipped(calls: bool, quiet_trainer: Make) -> None:
+    """Whether the model is called, and its loss asked for, is seen in the first batch that is not."""
+
+    class Skips(Lit):
+        skips = 2
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            if batch_idx >= self.skips:
+                return super().training_step(batch, batch_idx)
+            return (self(batch[0]), None)[1] if calls else None
+
+    class Never(Skips):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            skipped = super().training_step(batch, batch_idx) if batch_idx < self.skips else None
+            return self.forward(batch[0]).sum() if batch_idx >= self.skips else skipped
+
+    callback = Distils("kl", teacher_net())
+    fit(quiet_trainer, Skips(), callback, max_epochs=1)
+    assert [set(losses) for losses in callback.losses] == [set(), set(), *[{"_output_", "loss"}] * 2]
+    with pytest.raises(ConfigError, match="the first training batch did not call Never"):
+        fit(quiet_trainer, Never(), Distils("kl", teacher_net()), max_epochs=1)
+
+
 def test_several_forwards_in_a_step_have_the_mean(quiet_trainer: Make) -> None:
     class Halves(Lit):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
