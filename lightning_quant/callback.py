@@ -24,9 +24,9 @@ from lightning_quant.checkpoints import (
     SavesWithWeights,
     best_checkpoint,
     check_decisions,
+    put_learned_aside,
+    put_learned_back,
     saves_alone,
-    with_learned,
-    without_learned,
 )
 from lightning_quant.company import ParameterGroups, check_precision, clock_of, stand_before_finetuning
 from lightning_quant.compression import Compresses, checked_lists
@@ -175,6 +175,7 @@ class QuantFusionCallback(Compresses):
         self._total_steps = math.inf
         self._run = ""  # the fit that a checkpoint belongs to: a ModelCheckpoint may still keep those of another
         self._late = False  # optimizers get what is learned only after their state is restored, which knows nothing of it
+        self._loading: dict[str, Any] | None = None  # the checkpoint whose optimizer states the Trainer loads next
         self._groups = ParameterGroups()
         self._told = False
 
@@ -184,10 +185,11 @@ class QuantFusionCallback(Compresses):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember whose checkpoint may be restored next; a module prepared in an earlier fit takes its state at once."""
         super().setup(trainer, pl_module, stage)
-        check_precision(trainer)
+        if self.config_list is not None:
+            check_precision(trainer)
         stand_before_finetuning(trainer, self)
         self._module = pl_module if self._module is pl_module and self._is_attached(pl_module) else None
-        self._pending, self._late = None, False
+        self._pending, self._late, self._loading = None, False, None
         self.load_state_dict(self._left_for(trainer, pl_module, stage))
         self._restored = False  # that was no checkpoint's
 
@@ -253,8 +255,10 @@ class QuantFusionCallback(Compresses):
             self._load(pl_module, state)
         self._join_ranks(trainer, pl_module, parameters=bool(calls) or self.calibration.equalize, observe=self._phase.observe)
         if not self._late:
-            self._groups.begin(trainer, pl_module, resumed=self._restored)
-        self._module, self._pending, self._members = pl_module, None, members_of(pl_module)
+            loading, state_key = self._loading, self.state_key
+            known = None if loading is None else put_learned_back(loading, loading["callbacks"][state_key], pl_module)
+            self._groups.begin(trainer, pl_module, resumed=self._restored, names=known)
+        self._module, self._pending, self._loading, self._members = pl_module, None, None, members_of(pl_module)
         if not trains(trainer):  # else when training starts, after the Trainer has logged the module's own
             self._log_settings(trainer, pl_module)
 
@@ -455,20 +459,14 @@ class QuantFusionCallback(Compresses):
         """Keep what is learned beside the model's parameters out of the optimizers' states; it is added to our own."""
         state = checkpoint["callbacks"].get(self.state_key)
         if state is not None and "optimizer_states" in checkpoint:
-            pairs = zip(checkpoint["optimizer_states"], trainer.optimizers, strict=True)
-            parted = [without_learned(saved, optimizer, pl_module) for saved, optimizer in pairs]
-            checkpoint["optimizer_states"] = [saved for saved, _ in parted]
-            state["optimizers"] = [removed for _, removed in parted]
+            put_learned_aside(checkpoint, state, trainer.optimizers, pl_module)
 
     @override
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put it back; a checkpoint without a state of ours has optimizer states without it."""
-        state = checkpoint["callbacks"].get(self.state_key)
-        self._late = state is None
-        if state is not None and "optimizer_states" in checkpoint:
-            removed = state.get("optimizers") or [[] for _ in checkpoint["optimizer_states"]]
-            parted = zip(checkpoint["optimizer_states"], removed, strict=True)
-            checkpoint["optimizer_states"] = [with_learned(saved, ours) for saved, ours in parted]
+        """It is put back in `on_fit_start`; a checkpoint without a state of ours has optimizer states without it."""
+        self._late = self.state_key not in checkpoint["callbacks"]
+        if not self._late and trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
+            self._loading = checkpoint
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _said(value: Any) -> str:
 
 # -- what is learned, in the optimizers' states --------------------------------------------------------------------------
 
-# Where a learned number stood in an optimizer's saved state, and what the optimizer kept for it.
+# A learned number's name, where it stood in an optimizer's saved state, and what the optimizer kept for it.
 Removed = list[dict[str, Any]]
 
 
@@ -79,7 +80,7 @@ def without_learned(saved: dict[str, Any], optimizer: Optimizer, model: torch.nn
     So the checkpoint resumes where this package is not installed, with the optimizer's own parameters. A state that is not of
     the form of `torch.optim.Optimizer.state_dict` is left as it is.
     """
-    ours = {id(parameter) for parameter in learned_parameters(model).values()}
+    ours = {id(parameter): name for name, parameter in learned_parameters(model).items()}
     groups = saved.get("param_groups")
     live = [group["params"] for group in optimizer.param_groups]
     if not ours or not isinstance(groups, list) or [len(g.get("params", ())) for g in groups] != [len(g) for g in live]:
@@ -91,20 +92,48 @@ def without_learned(saved: dict[str, Any], optimizer: Optimizer, model: torch.nn
         for place, (key, parameter) in enumerate(zip(list(ids), parameters, strict=True)):
             if id(parameter) in ours:
                 ids.remove(key)
-                removed.append({"group": index, "place": place, "key": key, "state": states.pop(key, None)})
+                where = {"name": ours[id(parameter)], "group": index, "place": place}
+                removed.append({**where, "key": key, "state": states.pop(key, None)})
         kept.append({**group, "params": ids})
     return {**saved, "state": states, "param_groups": kept}, removed
 
 
-def with_learned(saved: dict[str, Any], removed: Removed) -> dict[str, Any]:
-    """Undo `without_learned`."""
+def with_learned(saved: dict[str, Any], removed: Removed, names: Container[str] | None = None) -> dict[str, Any]:
+    """Undo `without_learned`, for what has one of `names` if they are given; an earlier release gave no names."""
     groups = [{**group, "params": list(group["params"])} for group in saved["param_groups"]] if removed else []
     states = dict(saved["state"]) if removed else {}
+    left_out: Counter[int] = Counter()
     for one in removed:  # in the order of their places, so that each is inserted where it stood
-        groups[one["group"]]["params"].insert(one["place"], one["key"])
+        if names is not None and "name" in one and one["name"] not in names:
+            left_out[one["group"]] += 1
+            continue
+        groups[one["group"]]["params"].insert(one["place"] - left_out[one["group"]], one["key"])
         if one["state"] is not None:
             states[one["key"]] = one["state"]
     return {**saved, "state": states, "param_groups": groups} if removed else saved
+
+
+def put_learned_aside(
+    checkpoint: dict[str, Any], state: dict[str, Any], optimizers: Sequence[Optimizer], model: torch.nn.Module
+) -> None:
+    """Move what is learned from the optimizers' states in a checkpoint to `state`, the callback's in it."""
+    parted = [without_learned(*pair, model) for pair in zip(checkpoint["optimizer_states"], optimizers, strict=True)]
+    checkpoint["optimizer_states"] = [saved for saved, _ in parted]
+    state["optimizers"], state["learned"] = [removed for _, removed in parted], list(learned_parameters(model))
+
+
+def put_learned_back(checkpoint: dict[str, Any], state: Mapping[str, Any], model: torch.nn.Module) -> set[str]:
+    """Undo `put_learned_aside` for what is still learned, before the optimizers load their states. The names of that.
+
+    What is new in this run the saved states do not know; what was given up they would not fit with.
+    """
+    now = set(learned_parameters(model))
+    before: list[str] | None = state.get("learned")  # None: of an earlier release, whose plan tells all that is learned
+    known = now if before is None else now.intersection(before)
+    parts = state.get("optimizers") or [[] for _ in checkpoint["optimizer_states"]]
+    pairs = zip(checkpoint["optimizer_states"], parts, strict=True)
+    checkpoint["optimizer_states"] = [with_learned(saved, removed, known) for saved, removed in pairs]
+    return known
 
 
 # -- checkpoints of weights alone ----------------------------------------------------------------------------------------

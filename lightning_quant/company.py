@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -80,15 +80,16 @@ class ParameterGroups:
         self.places: dict[str, list[int]] = {}
         self._aside = False
 
-    def begin(self, trainer: pl.Trainer, model: nn.Module, *, resumed: bool) -> None:
+    def begin(self, trainer: pl.Trainer, model: nn.Module, *, resumed: bool, names: Container[str] | None) -> None:
         """Give what is learned to the optimizers; on a resume, to the groups that there were, once they are there again.
 
-        A finetuning callback builds them after our turn; next, the states of the optimizers are loaded.
+        A finetuning callback builds them after our turn; next, the states of the optimizers are loaded. `names`: what these
+        states know; None for all that is learned.
         """
         self._aside = False
         waiting = dict(self.places) if resumed else {}
         if not (waiting and _finetunes(trainer)):
-            give_to_optimizers(model, trainer.optimizers)
+            give_to_optimizers(model, trainer.optimizers, names)
             return
 
         def put(*_: Any) -> None:

@@ -15,10 +15,11 @@ from torch._dynamo.eval_frame import OptimizedModule
 from lightning_quant.config import ConfigError, parse_distillation, raise_problems
 from lightning_quant.distillation import BRIDGED, Projection, distance, feature_dim, loss_named, mismatch, name_of
 from lightning_quant.keys import Problems
-from lightning_quant.links import Link, Links, TeacherNames, make_links
+from lightning_quant.links import Link, Links, TeacherNames, make_links, uneven, unlike
 from lightning_quant.prepare import LEARNED, Learned
 from lightning_quant.record import moved, split_example
 from lightning_quant.taps import Place, Seen, Taps
+from lightning_quant.targets import is_input
 from lightning_quant.teacher import SELF, Teacher, checked_teacher, evaluating, found_teacher
 
 
@@ -53,6 +54,7 @@ class _JoinsLoss:
             self.run.close()
         if not self.module.automatic_optimization:
             return output
+        self.run.skipped = output is None
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):  # a skipped step, or what Lightning has a word about
             return output
@@ -82,7 +84,17 @@ class _Run:
         self.called, self.entry = model.get_submodule(entry), entry
         modules = {link.module: model.get_submodule(link.module) if link.module else self.called for link in links.links}
         self.student = Taps({(link.module, link.target): modules[link.module] for link in links.links})
-        self.taught = Taps({(name, link.target): names.by_name[name] for link in links.links for name in link.teachers})
+        self.taught = Taps(
+            {
+                # The teacher's own output shows outside of a compiled one, too.
+                (name, link.target): teacher.called if name == names.called and not is_input(link.target) else names.by_name[name]
+                for link in links.links
+                for name in link.teachers
+            }
+        )
+        teacher.show(self.taught.places.values())
+        # What the teacher is given the student gets next, and may write over it.
+        self.taught.copies.update({place: True for place in self.taught.places if is_input(place[1])})
         compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())
         # Compiled code has the hooks of when it was compiled; of these places nothing has been seen yet.
         self.unseen = set(self.student.places) if compiled else set()
@@ -93,6 +105,7 @@ class _Run:
         self.handles: list[Any] = []
         self.step: _JoinsLoss | None = None
         self.fresh = True  # no batch is over yet
+        self.skipped = False  # the step returned nothing, so that Lightning leaves the batch out
         self.met, self.asked = False, False  # whether any forward was paired, and its loss asked for
 
     # -- a batch ------------------------------------------------------------------------------------------------------
@@ -190,7 +203,7 @@ class _Run:
             for name in link.teachers:
                 teachers = pair.teacher.get((name, link.target), [])
                 if len(teachers) != len(students):
-                    raise ConfigError(_uneven(link, name, len(students), len(teachers)))
+                    raise ConfigError(uneven(link, name, len(students), len(teachers)))
                 near.append(self._distance(link, name, student, teachers[index]))
             found.append(near[0] if len(near) == 1 else torch.stack(near).min())
         return found
@@ -200,10 +213,10 @@ class _Run:
         dim = self.dim(link, student)
         bridge = self.projections.get((place, name))
         if bridge is None and (why := mismatch(link.method, student.shape, teacher.shape, dim)) is not None:
-            raise ConfigError(_unlike(link, name, student, teacher, why))
+            raise ConfigError(unlike(link, name, student, teacher, why))
         if bridge is None and _bridged(link, student, teacher, dim):
             why = "a projection between them must be known before training; give example_input"
-            raise ConfigError(_unlike(link, name, student, teacher, why))
+            raise ConfigError(unlike(link, name, student, teacher, why))
         student = student if bridge is None else bridge(student)
         return distance(link.method, student, teacher, dim=dim, temperature=link.temperature, where=link.decided_by)
 
@@ -255,11 +268,11 @@ class _Run:
     def _compared(self, link: Link, name: str, students: list[Tensor], teachers: list[Tensor]) -> list[str]:
         """Try the first pair, and make its projection if it needs one."""
         if len(students) != len(teachers):
-            return [_uneven(link, name, len(students), len(teachers))]
+            return [uneven(link, name, len(students), len(teachers))]
         student, teacher = students[0], teachers[0]
         place, dim = (link.module, link.target), self.dim(link, student)
         if (why := mismatch(link.method, student.shape, teacher.shape, dim)) is not None:
-            return [_unlike(link, name, student, teacher, why)]
+            return [unlike(link, name, student, teacher, why)]
         if _bridged(link, student, teacher, dim):
             full = f"{link.name}->{name or 'output'}"
             self.projections[place, name] = Projection(full, student.shape[dim], teacher.shape[dim], dim, like=student)
@@ -268,26 +281,12 @@ class _Run:
         except ConfigError as error:
             return [str(error)]
         except Exception as error:  # noqa: BLE001  (a function of the user's may raise anything)
-            return [_unlike(link, name, student, teacher, f"{name_of(link.method)} fails: {type(error).__name__}: {error}")]
+            return [unlike(link, name, student, teacher, f"{name_of(link.method)} fails: {type(error).__name__}: {error}")]
         return []
 
 
 def _bridged(link: Link, student: Tensor, teacher: Tensor, dim: int) -> bool:
     return link.method in BRIDGED and student.shape[dim] != teacher.shape[dim]
-
-
-def _uneven(link: Link, name: str, students: int, teachers: int) -> str:
-    return (
-        f"{link.decided_by}: {link.name} was there {students} times in the student's forward, and {teachers} times in that of "
-        f"the teacher, in {name or 'the model'!r}: it is unknown which belong together."
-    )
-
-
-def _unlike(link: Link, name: str, student: Tensor, teacher: Tensor, why: str) -> str:
-    return (
-        f"{link.decided_by}: {link.name} has shape {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "
-        f"teacher ({name or 'the model'!r}): {why}."
-    )
 
 
 class Distiller:
@@ -397,11 +396,15 @@ class Distiller:
         """It is over.
 
         Raises:
-            ConfigError: once, if that was the first batch and nothing was learned from the teacher in it.
+            ConfigError: once, if that was the first batch that was not skipped and nothing was learned from the teacher in it.
         """
         if self._run is not None:
-            first, self._run.fresh = self._run.fresh, False
+            first, skipped = self._run.fresh, self._run.skipped
             self._run.stop()
+            if first and skipped:
+                self._run.met = self._run.asked = False
+                return
+            self._run.fresh = False
             if first and not self._run.met:
                 kind = type(self._run.called).__name__
                 raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.config import Rule, selects
 from lightning_quant.distillation import TEMPERATURE, Method, loss_named, name_of
@@ -78,7 +78,8 @@ class TeacherNames:
         self.kind, self.entry = type(teacher).__name__, uncompiled_name(entry)
         inside = {id(module) for module in called.modules()}
         self.inside = {name for name, module in self.by_name.items() if id(module) in inside}
-        self.called: str = next(name for name, module in self.by_name.items() if module is called)
+        inner = getattr(called, "_orig_mod", called)  # of a compiled module
+        self.called: str = next(name for name, module in self.by_name.items() if module in (called, inner))
 
     def same(self, module: str) -> str | None:
         """The teacher's name of what the student calls `module`, or None; the model itself is what is called."""
@@ -201,4 +202,20 @@ def _link(
         temperature=float(keys.get("temperature", TEMPERATURE)),
         dim=keys.get("dim"),
         decided_by=rule.where,
+    )
+
+
+def uneven(link: Link, name: str, students: int, teachers: int) -> str:
+    """What is wrong where a student's tensor was there another number of times than the teacher's."""
+    return (
+        f"{link.decided_by}: {link.name} was there {students} times in the student's forward, and {teachers} times in that of "
+        f"the teacher, in {name or 'the model'!r}: it is unknown which belong together."
+    )
+
+
+def unlike(link: Link, name: str, student: Tensor, teacher: Tensor, why: str) -> str:
+    """What is wrong where their shapes do not go together."""
+    return (
+        f"{link.decided_by}: {link.name} has shape {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "
+        f"teacher ({name or 'the model'!r}): {why}."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -419,15 +419,16 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {**scales, **model.__dict__.get(LEARNED, {})}
 
 
-def give_to_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def give_to_optimizers(model: nn.Module, optimizers: Sequence[Optimizer], names: Container[str] | None = None) -> None:
     """Append what a prepared model learns to parameter groups that optimizers have, each to one with its layer's parameters.
 
     Of groups with the same learning rate one without weight decay is taken, but for clipping levels (PACT), which are to decay.
-    No group is added: schedulers know how many there are. Called twice, it changes nothing.
+    No group is added: schedulers know how many there are. Called twice, it changes nothing. `names`: of these numbers only.
     """
     modules = dict(model.named_modules())
     for name, parameter in learned_parameters(model).items():
-        if any(parameter is other for optimizer in optimizers for group in optimizer.param_groups for other in group["params"]):
+        there = any(parameter is other for one in optimizers for group in one.param_groups for other in group["params"])
+        if there or (names is not None and name not in names):
             continue
         group = _group_for(name, modules, optimizers)
         if group is None:

@@ -33,7 +33,7 @@ class Taps:
         self.seen: Seen = {}
         self.missing: dict[Place, str] = {}  # what was returned in place of a target
         self.copies: dict[Place, bool] = {}
-        self.first: list[tuple[Place, Tensor, int]] = []
+        self.first: list[tuple[Place, Tensor, int, list[Tensor], int]] = []  # (place, tensor, its version, list, where in it)
         self.handles: list[Any] = []
 
     def open(self) -> None:
@@ -62,9 +62,16 @@ class Taps:
         return seen
 
     def settle(self) -> None:
-        """What was noted has been used: learn which tensors were written over by then."""
-        for key, tensor, version in self.first:
+        """Before what was noted is used: learn which tensors were written over by now; of the others no copy is kept.
+
+        A copy passes its gradient on later than the tensor itself does. Sums of gradients, and so a fit that is resumed, whose
+        first batch is a later one of the fit that was not, would then differ in their last bits.
+        """
+        for key, tensor, version, *_ in self.first:
             self.copies[key] = self.copies.get(key, False) or tensor._version != version
+        for key, tensor, _, noted, place in self.first:
+            if not self.copies[key]:
+                noted[place] = tensor
         self.first = []
 
     def _before(self, key: Place, _: nn.Module, args: Any, kwargs: Any) -> None:
@@ -86,6 +93,7 @@ class Taps:
             value = value.clone()
         elif self.copies.get(key, True):
             if key not in self.copies:
-                self.first.append((key, value, value._version))
+                noted = self.seen.setdefault(key, [])
+                self.first.append((key, value, value._version, noted, len(noted)))
             value = value.clone()
         self.seen.setdefault(key, []).append(value)

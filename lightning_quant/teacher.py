@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def found_teacher(teacher: Any, model: nn.Module, entry: str) -> tuple[nn.Module
     """
     if isinstance(teacher, str) and teacher == SELF:
         module = model.get_submodule(entry)
-        found = copy_of(module._orig_mod if isinstance(module, OptimizedModule) else module)
+        found = in_trainer(copy_of(module._orig_mod if isinstance(module, OptimizedModule) else module), model)
         return found, found
     if isinstance(teacher, nn.Module):
         found = teacher
@@ -76,9 +76,22 @@ def found_teacher(teacher: Any, model: nn.Module, entry: str) -> tuple[nn.Module
         cls, path = own_class(model), teacher
         if isinstance(teacher, Mapping):
             cls, path = imported(teacher["class_path"], "teacher['class_path']"), teacher["ckpt_path"]
-        found = _loaded(cls, path, isinstance(teacher, Mapping))
+        found = in_trainer(_loaded(cls, path, isinstance(teacher, Mapping)), model)
     inner = dict(found.named_modules()).get(entry) if entry and hasattr(found, "training_step") else None
     return found, found if inner is None else inner
+
+
+def in_trainer(found: nn.Module, model: nn.Module) -> nn.Module:
+    """`found`, made here: its forward may ask the Trainer of `model` for the epoch, say, and what it logs goes nowhere."""
+    for module in found.modules():
+        if "_trainer" in module.__dict__:
+            module.__dict__["_trainer"] = model.__dict__.get("_trainer")
+            module.__dict__.update(log=_nothing, log_dict=_nothing)
+    return found
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _loaded(cls: Any, path: Any, named: bool) -> nn.Module:
@@ -128,10 +141,17 @@ class Teacher:
         self.devices = {tensor.device for tensor in tensors}
         floating = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
         self.dtype = floating.dtype if floating is not None and like is not None and floating.dtype != like.dtype else None
+        self.eager = False
         self.writes: bool | None = None  # whether it writes over what it is given; unknown before its first forward
         if like is not None and self.devices - {like.device} and len(self.devices) == 1:
             module.to(like.device)
         module.eval()
+
+    def show(self, tapped: Iterable[nn.Module]) -> None:
+        """Have these modules be called: compiled code around one has the hooks of when it was compiled, a validation's say."""
+        compiled = [one for one in self.modules if isinstance(one, OptimizedModule) or one._compiled_call_impl is not None]
+        inside = {id(module) for one in compiled for module in one.modules() if module is not one or one._compiled_call_impl}
+        self.eager = any(id(module) in inside for module in tapped)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """One forward on what the student is called with, in the student's autocast; what is of interest is tapped."""
@@ -139,7 +159,8 @@ class Teacher:
             with self._evaluating():
                 self(args, kwargs)
             return
-        with torch.no_grad(), _every_layer():
+        eager = torch.compiler.set_stance("force_eager") if self.eager else contextlib.nullcontext()
+        with torch.no_grad(), _every_layer(), eager:
             if self.dtype is not None:
                 args, kwargs = on_tensors(lambda x: x.to(self.dtype) if x.is_floating_point() else x, (args, kwargs))
             given = [] if self.writes is False else list(tensors_in((args, kwargs)))

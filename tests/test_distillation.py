@@ -159,6 +159,30 @@ def test_a_tensor_counts_as_it_was_when_it_was_made(example: bool) -> None:
     }
 
 
+def test_the_first_batch_has_the_tensors_themselves_as_later_ones_have() -> None:
+    """A copy would pass its gradient on at another time, and sums of gradients would differ in their last bits."""
+    student = Net()
+    distiller = begun([{"op_names": ["relu1", "fc"]}], student, teacher_net())
+    made: list[Tensor] = []
+    student.relu1.register_forward_hook(lambda *call: made.append(call[2]))
+    for _ in range(2):
+        with distiller.batch():
+            made.append(student(torch.randn(4, 3, 8, 8)))
+            run = distiller._run
+            assert run is not None
+            run.student.settle()
+            seen = run.pairs[0].student
+            assert [seen["relu1", "_output_"][0] is made[-2], seen["fc", "_output_"][0] is made[-1]] == [True, True]
+            distiller.loss()
+
+
+def test_the_student_may_write_over_what_the_teacher_was_given() -> None:
+    student, x = InPlace(), torch.randn(8, 3, 8, 8)
+    distiller = begun([{"op_names": [""], "target_names": ["_input_"]}], student, teacher_net(), x)
+    for _ in range(2):
+        assert float(added(distiller, student, x.clone())["_input_"]) == 0
+
+
 def test_a_step_may_write_over_the_output() -> None:
     student, teacher = Net(), teacher_net().eval()
     distiller = begun("mse", student, teacher)

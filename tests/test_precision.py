@@ -203,6 +203,27 @@ class BitsandbytesPrecision(Precision):
     """Stands for Lightning's plugin of this name, whose package needs a GPU."""
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_without_integers_weights_may_be_of_half_precision(precision: str, quiet_trainer: TrainerMaker) -> None:
+    """Pruning and distillation alone make no integers of them."""
+    torch.manual_seed(0)
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
+    model, teacher = Lit(lr=0.005), Net().to(dtype)
+    callback = QuantFusionCallback(
+        pruning=[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+        distillation=["kl"],
+        teacher=teacher,
+        source="last",
+        verbose=0,
+    )
+    quiet_trainer(max_epochs=2, plugins=[HalfPrecision(precision)], callbacks=[callback]).fit(model, loader(), loader(seed=1))
+    deployed = deployed_of(callback)
+    assert {value.dtype for value in deployed.state_dict().values() if value.is_floating_point()} == {dtype}
+    assert [tuple(deployed.get_parameter(name).shape) for name in ("conv1.weight", "fc.weight")] == [(4, 3, 3, 3), (4, 64)]
+    found, masked = (evaluate(net, X.to(dtype)) for net in (deployed, model))
+    assert (found - masked).abs().max() < 0.05 * masked.std(0).max()
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bf16-true": ({"precision": "bf16-true"}, r"precision='bf16-true': .*allowed: 32-true, .*Trainer\(precision='bf16-mixed'\)"),
     "16-true": ({"plugins": [HalfPrecision("16-true")]}, r"precision='16-true': .*Use Trainer\(precision='16-mixed'\)"),

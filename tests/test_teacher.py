@@ -28,12 +28,12 @@ from distils import (
     weights,
 )
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from toys import FUSED, Calls, Lit, Net, fingerprint
 
-from lightning_quant import ConfigError, convert_model, make_plan, prepare_model
+from lightning_quant import ConfigError, QuantFusionCallback, convert_model, make_plan, prepare_model
 from lightning_quant.prepare import LEARNED, learned_parameters, restore_model
 
 # -- fits, against the same loss written into the step -----------------------------------------------------------------------
@@ -144,6 +144,31 @@ def test_the_own_loss_may_weigh_less(quiet_trainer: Make) -> None:
     assert [set(outputs) for outputs in model.seen] == [{"loss", "more"}, set(), {"loss", "more"}, {"loss", "more"}]
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize("calls", [False, True])
+def test_the_first_batches_may_be_skipped(calls: bool, quiet_trainer: Make) -> None:
+    """Whether the model is called, and its loss asked for, is seen in the first batch that is not."""
+
+    class Skips(Lit):
+        skips = 2
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            if batch_idx >= self.skips:
+                return super().training_step(batch, batch_idx)
+            return (self(batch[0]), None)[1] if calls else None
+
+    class Never(Skips):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            skipped = super().training_step(batch, batch_idx) if batch_idx < self.skips else None
+            return self.forward(batch[0]).sum() if batch_idx >= self.skips else skipped
+
+    callback = Distils("kl", teacher_net())
+    fit(quiet_trainer, Skips(), callback, max_epochs=1)
+    assert [set(losses) for losses in callback.losses] == [set(), set(), *[{"_output_", "loss"}] * 2]
+    with pytest.raises(ConfigError, match="the first training batch did not call Never"):
+        fit(quiet_trainer, Never(), Distils("kl", teacher_net()), max_epochs=1)
+
+
 def test_several_forwards_in_a_step_have_the_mean(quiet_trainer: Make) -> None:
     class Halves(Lit):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -208,17 +233,8 @@ def test_in_manual_optimization_the_step_asks_for_the_loss(quiet_trainer: Make) 
 def test_compiled_modules(whole: bool, quiet_trainer: Make) -> None:
     torch.compiler.reset()
 
-    class Inside(Lit):
-        def __init__(self) -> None:
-            LightningModule.__init__(self)
-            self.lr, self.optimizer, self.net = 0.05, "sgd", Net()
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.net(x)
-            return out
-
     torch.manual_seed(0)
-    model: Any = Lit() if whole else Inside()
+    model: Any = Lit() if whole else Inside(Net())
     reference = ByHand.of(teacher_net())
     if not whole:
         model.net = torch.compile(model.net, backend="eager")
@@ -231,6 +247,84 @@ def test_compiled_modules(whole: bool, quiet_trainer: Make) -> None:
     fit(quiet_trainer, reference, max_epochs=2)
     assert len(callback.losses) == 8 and all(f"{prefix}pool._output_" in losses for losses in callback.losses)
     assert_close(model if whole else model.net._orig_mod, reference)
+
+
+class Inside(Lit):
+    """`Lit` around a net of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        LightningModule.__init__(self)
+        self.lr, self.optimizer, self.net = 0.05, "sgd", net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_teacher_shows_its_layers_also_when_it_was_compiled_for_a_validation(quiet_trainer: Make) -> None:
+    """The fit is that of the same nets, not compiled. Code of the student's validation is that of its copy's forward, too."""
+    torch.compiler.reset()
+    entries = [{"op_names": ["net.pool"]}, {"op_names": ["net.fc"], "target_names": ["_input_"]}]
+
+    def run(compiled: bool, teacher: Any) -> tuple[Inside, dict[str, float]]:
+        torch.manual_seed(0)
+        model: Any = Inside(Net())
+        if compiled:
+            model.net = torch.compile(model.net, backend="eager")
+        callback = Distils(entries, teacher)
+        fit(quiet_trainer, model, callback, num_sanity_val_steps=1)
+        return getattr(model.net, "_orig_mod", model.net), callback.losses[-1]
+
+    other: Any = Inside(teacher_net())
+    other.net = torch.compile(other.net, backend="eager")
+    with torch.no_grad():
+        other.eval()(torch.zeros(16, 3, 8, 8))
+    for own, twin in (("self", "self"), (other, Inside(teacher_net()))):
+        found, losses = run(True, own)
+        expected, wanted = run(False, twin)
+        assert_close(found, expected)
+        assert losses == pytest.approx(wanted, rel=1e-4) and losses["net.pool._output_"] > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_teacher_that_is_compiled_itself(quiet_trainer: Make) -> None:
+    """Of its output alone the compiled code is run; of what is inside, the layers."""
+    torch.compiler.reset()
+    student, x = Net(), torch.randn(4, 3, 8, 8)
+    runs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: runs.append(1) or graph.forward(*args)  # type: ignore[func-returns-value]
+
+    teacher: Any = torch.compile(teacher_net(), backend=backend)
+    for entries in ("mse", ["mse", {"op_names": ["pool"]}, {"op_names": [""], "target_names": ["_input_"]}]):
+        found = added(begun(entries, student, teacher), student, x)
+        expected = added(begun(entries, student, teacher_net()), student, x)
+        assert len(found) == len(expected) and {key: float(value) for key, value in found.items()} == pytest.approx(
+            {key: float(value) for key, value in expected.items()}, rel=1e-5
+        )
+        assert bool(runs) == (entries == "mse")
+        runs.clear()
+
+
+def test_the_teachers_forward_may_ask_the_trainer(tmp_path: Path, quiet_trainer: Make) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    class Asks(Lit):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append((self.training, self.trainer.current_epoch))
+            if self.trainer.global_step > 0:
+                self.log("asked", float(self.training))  # Lightning has no place for it outside of a hook
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Asks()
+    options: dict[str, Any] = {"distillation": "kl", "verbose": 0, "example_input": IMAGE}
+    trainer = fit(quiet_trainer, model, QuantFusionCallback(teacher="self", **options), enable_checkpointing=False)
+    assert {(False, 1), (True, 1)} <= set(asked) and "log" not in model.__dict__
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(quiet_trainer, Asks(), QuantFusionCallback(teacher=tmp_path / "a.ckpt", **options), max_epochs=1)
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------------
@@ -303,6 +397,73 @@ def test_projections_train_and_resume_bit_for_bit(tmp_path: Path, quiet_trainer:
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(resumed).values(), strict=True))
     pairs = zip(straight.distiller.learned.values(), again.distiller.learned.values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_the_first_batch_of_a_resumed_int8_fit_sums_gradients_as_it_would_be_summed_later(
+    tmp_path: Path, quiet_trainer: Make
+) -> None:
+    """The student's tensor goes on to its next layer and to the projection: two gradients, in an order and a memory layout."""
+    torch.manual_seed(3)
+    teacher = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(768, 4))
+    entries = [{"op_names": ["relu1"], "link": "1", "lambda": 0.2}]
+
+    def run(epochs: int, seed: int = 0, **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        model, callback = Lit(optimizer="adam"), QuantFusionCallback("int8", distillation=entries, teacher=teacher, verbose=0)
+        keeper = ModelCheckpoint(dirpath=tmp_path / f"{epochs} {seed}", save_last=True)
+        fit(quiet_trainer, model, callback, keeper, max_epochs=epochs, enable_checkpointing=True, **options)
+        return weights(model)
+
+    straight = run(3)
+    run(1)
+    resumed = run(3, seed=1, ckpt_path=tmp_path / "1 0" / "last.ckpt")
+    assert {name: float((straight[name] - value).abs().max()) for name, value in resumed.items()} == dict.fromkeys(straight, 0.0)
+
+
+class TwoGroups(Lit):
+    """With what is learned of the first layers in the first group, and the rest in the second, both before others' numbers."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = list(self.parameters())
+        return torch.optim.Adam([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.01)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_projection_may_be_new_or_given_up_at_a_resume(given_up: bool, tmp_path: Path, quiet_trainer: Make) -> None:
+    """What else the optimizer kept is there again: of the model's own parameters, and of scales that are learned in both runs."""
+    teacher = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.Flatten(), nn.Linear(768, 4))
+    options: dict[str, Any] = {"distillation": [{"op_names": ["relu1"], "link": "0"}], "teacher": teacher}
+    entries = [{"op_types": ["Conv2d", "Linear"], "method": "lsq"}]
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            states = trainer.optimizers[0].state
+            found = {**dict(pl_module.named_parameters()), **learned_parameters(pl_module)}
+            self.kept = {name: copy.deepcopy(states[p]) for name, p in found.items() if p in states}
+            self.names = {id(p): name for name, p in found.items()}
+            groups = trainer.optimizers[0].param_groups
+            self.groups = [[self.names[id(p)] for p in group["params"]] for group in groups]
+            self.values = {name: p.detach().clone() for name, p in found.items()}
+            trainer.should_stop = True
+
+    torch.manual_seed(0)
+    callback = QuantFusionCallback(entries, verbose=0, **(options if given_up else {}))
+    trainer = fit(quiet_trainer, first := TwoGroups(), callback, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    states = trainer.optimizers[0].state
+    before = {name: states[p] for name, p in {**dict(first.named_parameters()), **learned_parameters(first)}.items()}
+    ours = {name for name in before if "->" in name}
+    again, seen = QuantFusionCallback(entries, verbose=0, **({} if given_up else options)), Looks()
+    fit(quiet_trainer, second := TwoGroups(), again, seen, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert len(ours) == 2 * given_up and "conv1.weight.scale" in before
+    assert {name: {key: float(value.sum()) for key, value in state.items()} for name, state in seen.kept.items()} == {
+        name: {key: float(value.sum()) for key, value in state.items()} for name, state in before.items() if name not in ours
+    }
+    now = learned_parameters(second)
+    new = [name for name in now if "->" in name]
+    assert len(new) == 2 * (not given_up) and {name for group in seen.groups for name in group} == {*before, *new} - ours
+    assert all(not torch.equal(now[name], seen.values[name]) for name in new)  # they train
 
 
 def test_a_projection_learns_the_regression(quiet_trainer: Make) -> None:
