@@ -469,6 +469,7 @@ def test_random_graphs_bypassed_equal_themselves(graph: tuple[str, Shape]) -> No
     check_bypassed(*graph)
 
 
+@pytest.mark.slow
 @EXAMPLES
 @given(graph=graphs())
 def test_random_graphs_quantized_are_near_and_deploy_bit_for_bit(graph: tuple[str, Shape]) -> None:
