@@ -71,7 +71,7 @@ class Compresses(EvaluatesAsShipped):
     def _attach_masks(self, pl_module: nn.Module) -> None:
         """Before quantizers: they see what is masked."""
         if self.pruning_plan is not None:
-            self.masks = Masks(pl_module, self.pruning_plan)
+            self.masks, self._told_why = Masks(pl_module, self.pruning_plan), False
 
     def _attach_teacher(self, pl_module: nn.Module) -> None:
         """Before masks and quantizers: the float model may be its own teacher."""
@@ -97,7 +97,14 @@ class Compresses(EvaluatesAsShipped):
     def _mask_unread(self) -> None:
         """With the last of the masks, mask what nothing reads any more, where it is to be removed."""
         masks = self.masks
-        if masks is not None and self._masks_are_made() and masks.plan.options.shrink and self._example is not None:
+        if masks is None or not self._masks_are_made():
+            return
+        if without := masks.unmasked():
+            rank_zero_warn(
+                f"{type(self).__name__}: {', '.join(without)} got no mask: scored by gradients, and frozen at every update. "
+                "Let it train before the last one (`stop` of `pruning`), or take a metric of values, such as l1."
+            )
+        if masks.plan.options.shrink and self._example is not None:
             try:
                 masks.also(unread_values(masks.model, masks.by_target(), self._example, entry=self._entry))
             except UncallableError:
@@ -145,7 +152,11 @@ class Compresses(EvaluatesAsShipped):
     def _begin_compressed_batch(self, trainer: pl.Trainer, clock: Clock) -> None:
         masks = self.masks
         new = masks is not None and masks.plan.options.pace.done_at(clock) > masks.done and masks.step(clock)
+        if masks is not None and masks.waits_long and not self._told_why:
+            self._told_why = True
+            rank_zero_warn(f"{type(self).__name__}: {_waiting(masks)}")
         if masks is not None and new:
+            self._told_why = False
             self._mask_unread()
             for one in trainer.optimizers:
                 if isinstance(one, LBFGS):
@@ -236,10 +247,8 @@ class Compresses(EvaluatesAsShipped):
             )
         if not self._masks_are_made() and not self._told_why:
             done, of = self.masks.done, self.masks.plan.options.pace.steps
-            rank_zero_warn(
-                f"{type(self).__name__}: the fit ended after {done} of {of} updates of its masks; train longer, or let `stop` of "
-                "`pruning` come earlier."
-            )
+            how = _waiting(self.masks) if self.masks.waits_for else "train longer, or let `stop` of `pruning` come earlier."
+            rank_zero_warn(f"{type(self).__name__}: the fit ended after {done} of {of} updates of its masks; {how}")
         found, parameters = self.masks.by_target(), dict(twin.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, mask in found.items():
@@ -290,6 +299,16 @@ class Compresses(EvaluatesAsShipped):
         """What was asked for, as plain data."""
         pruning = None if self.pruning is None else dict(vars(self.pruning))
         return {"pruning": pruning, "distillation": plain(self.distillation)}
+
+
+def _waiting(masks: Masks) -> str:
+    """What to do about masks that are due and have no scores."""
+    names = masks.waits_for
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"masks are due, and wait for gradients of {some}, which never came. In manual optimization step with self.optimizers(), "
+        "not with use_pl_optimizer=False; leave out layers that training does not use, or take a metric of values, such as l1."
+    )
 
 
 def checked_lists(config_list: Any, pruning: Any, distillation: Any, teacher: Any) -> None:

@@ -27,7 +27,7 @@ from lightning_quant.patterns import is_batch_norm
 from lightning_quant.prepare import drop_deployed_layers
 from lightning_quant.pruning import METRICS, Evidence, Metric, blocks_of, global_masks, n_of_m, one_mask, reduced, spread
 from lightning_quant.pruning_plan import MaskedTarget, Pruning, PruningPlan, Unit
-from lightning_quant.schedule import Clock
+from lightning_quant.schedule import Clock, Pace
 from lightning_quant.targets import Arguments, is_activation, is_input, owner_of
 
 
@@ -50,6 +50,8 @@ class Masks:
     def __init__(self, model: nn.Module, plan: PruningPlan) -> None:
         self.model, self.plan = model, plan
         self.done = 0  # how many updates there were
+        self.waits_long = False
+        self._since: tuple[int, int] | None = None  # the updates due, and the epoch, when one began to wait
         self._pace = plan.options.pace
         self._targets = {target.name: target for target in plan.targets}
         self._masks: dict[str, Tensor] = {}
@@ -140,19 +142,39 @@ class Masks:
     def step(self, clock: Clock) -> bool:
         """Make new masks where the schedule has an update before the training step at `clock`, and apply them.
 
-        Metrics that need gradients wait for the first of them. Returns whether masks were made.
+        Metrics that need gradients wait for the first of them (`waits_for`; `waits_long` once another update is due, or another
+        epoch has begun), but not for those of what is frozen: it has its mask from the first update on that comes while it
+        trains. Returns whether masks were made.
         """
         due = self._pace.done_at(clock) if self.done < self._pace.steps else self.done
-        new = due > self.done and self._has_evidence()
-        if new:
+        if due > self.done and self._missing():
+            self._since = self._since or (due, clock.epoch)
+            self.waits_long = due > self._since[0] or clock.epoch > self._since[1]
+            return False
+        self._since, self.waits_long = None, False
+        if due > self.done:
             self._update(due)
-        return new
+            return True
+        return False
 
-    def _has_evidence(self) -> bool:
-        needed = [
-            name for name, target in self._targets.items() if target.scored and METRICS[target.spec.metric].step is not None
-        ]
-        return all(name in self._statistics for name in needed)
+    def _missing(self) -> tuple[str, ...]:
+        """Targets scored by gradients that have not come yet, and will."""
+        return tuple(
+            name
+            for name, target in self._targets.items()
+            if _gathers(target)
+            and name not in self._statistics
+            and self._parameter(self._modules[target.module], target).requires_grad
+        )
+
+    @property
+    def waits_for(self) -> tuple[str, ...]:
+        """Targets whose gradients an update that is due waits for."""
+        return () if self._since is None else self._missing()
+
+    def unmasked(self) -> tuple[str, ...]:
+        """Targets that are to have a mask by their gradients, and have none so far."""
+        return tuple(name for name, target in self._targets.items() if _gathers(target) and name not in self._masks)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -171,11 +193,11 @@ class Masks:
         scores = {
             name: self._score(target, due)
             for name, target in self._targets.items()
-            if target.scored and target.spec.pattern is None
+            if target.scored and target.spec.pattern is None and self._has_scores(target)
         }
         self._mask_units(scores, share)
         for name, target in self._targets.items():
-            if target.scored and target.spec.pattern is not None:
+            if target.scored and target.spec.pattern is not None and self._has_scores(target):
                 self._masks[name] = self._pattern(target, share, due)
         for name in [name for name, t in self._targets.items() if t.scored and METRICS[t.spec.metric].mean]:
             self._statistics.pop(name, None)
@@ -184,10 +206,16 @@ class Masks:
         self.done = due
         self._attach()
 
+    def _has_scores(self, target: MaskedTarget) -> bool:
+        return not _gathers(target) or target.name in self._statistics
+
     def _mask_units(self, scores: Mapping[str, Tensor], share: float) -> None:
         grouped: dict[Any, list[tuple[Unit, Tensor]]] = {}
         for place, unit in enumerate(self.plan.units):
-            found = [scores[name] if at is None else scores[name][at.to(scores[name].device)] for name, at in unit.members]
+            known = [(scores[name], at) for name, at in unit.members if name in scores]  # others are frozen
+            if not known:
+                continue
+            found = [score if at is None else score[at.to(score.device)] for score, at in known]
             mean = torch.stack([one.to(found[0].device) for one in found]).mean(0)
             grouped.setdefault(("alone", place) if unit.global_id is None else unit.global_id, []).append((unit, mean))
         for members in grouped.values():
@@ -198,12 +226,10 @@ class Masks:
                 masks = global_masks([mean.to(device) for _, mean in members], [unit.wanted for unit, _ in members], share)
             for (unit, _), mask in zip(members, masks, strict=True):
                 for name, at in unit.members:
-                    if at is None:
-                        self._masks[name] = mask.to(scores[name].device)
-                    else:
-                        own = self._masks.setdefault(name, torch.ones_like(scores[name], dtype=torch.bool)).clone()
-                        own[at.to(own.device)] = mask.to(own.device)
-                        self._masks[name] = own
+                    device = self._parameter(self._modules[self._targets[name].module], self._targets[name]).device
+                    own = self._mask(self._targets[name]).to(device, copy=True)
+                    own[slice(None) if at is None else at.to(device)] = mask.to(device)
+                    self._masks[name] = own
 
     def _score(self, target: MaskedTarget, due: int) -> Tensor:
         metric, name = METRICS[target.spec.metric], target.name
@@ -387,10 +413,11 @@ class Masks:
             "hidden": host(self._hidden),
             "further": host(self._further),
             "decisions": self.plan.decisions(),
+            "curve": [self._pace.schedule, self._pace.updates],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state and apply its masks.
+        """Take over a state and apply its masks. By another schedule they grow on from the share of theirs that was reached.
 
         Raises:
             ConfigError: if it is of another plan; nothing is loaded then.
@@ -402,7 +429,9 @@ class Masks:
                 f"the saved masks are of another `pruning`: {', '.join(names)} differ. Use the `pruning` of that run, or "
                 "load only its weights and start a new fit."
             )
-        self.done, self._counts = state["done"], dict(state["counts"])
+        schedule, updates = state["curve"]
+        reached = Pace(schedule=schedule, updates=updates).share_after(state["done"])
+        self.done, self._counts = self._pace.done_by(reached), dict(state["counts"])
         self._masks, self._statistics = dict(state["masks"]), dict(state["statistics"])
         self._hidden, self._further = dict(state["hidden"]), dict(state["further"])
         for name, one in self._passing.items():
@@ -438,6 +467,11 @@ def _own(owner: nn.Module, own: str, name: str) -> Tensor:
             f"{name}: {what} has taken the Parameter's place since the masks were planned; use one of the two for this layer."
         )
     return parameter
+
+
+def _gathers(target: MaskedTarget) -> bool:
+    """Whether its scores come from gradients."""
+    return target.scored and METRICS[target.spec.metric].step is not None
 
 
 def _returns(target: MaskedTarget) -> bool:

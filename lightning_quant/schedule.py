@@ -236,6 +236,10 @@ class Pace:
         part = done / self.steps
         return 1 - (1 - part) ** 3 if self.schedule == "agp" else part
 
+    def done_by(self, share: float) -> int:
+        """How many of the steps are done where this share of the whole is there: the most that come to no more."""
+        return max(done for done in range(self.steps + 1) if self.share_after(done) <= share + 1e-12)
+
 
 def _check(moment: Moment, name: str) -> None:
     if name == "activations_start" and moment == WITH_WEIGHTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,14 +252,106 @@ def test_slim_pulls_scales_to_zero_until_the_last_mask() -> None:
         torch.testing.assert_close(scale.grad - before, 0.25 * scale.detach().sign() * adds)
 
 
+class Branch(Net):
+    """`Net`, whose second block may be left out."""
+
+    both = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x))) if self.both else x
+        out: Tensor = self.fc(self.pool(x).flatten(1))
+        return out
+
+
 def test_a_parameter_without_gradient_is_waited_for() -> None:
-    loop = Loop(conv_entry(sparse_ratio=0.5, metric="movement"))
-    loop.model.get_parameter("conv2.weight").requires_grad_(False)
-    loop.run(0, 12)
-    assert loop.masks.done == 0
-    loop.model.get_parameter("conv2.weight").requires_grad_(True)
+    model = Branch()
+    loop = Loop(conv_entry(sparse_ratio=0.5, metric="movement"), model)
+
+    def waits() -> tuple[int, tuple[str, ...], bool]:
+        return loop.masks.done, loop.masks.waits_for, loop.masks.waits_long
+
+    model.both = False
+    loop.run(0, 5)
+    assert waits() == (0, (), False), "nothing is due"
+    loop.run(5, 10)
+    assert waits() == (0, ("conv2.weight",), False)
+    loop.run(10, 12)
+    assert waits() == (0, ("conv2.weight",), True)
+    model.both = True
     loop.run(12, 14)
-    assert loop.masks.done == 2
+    assert waits() == (2, (), False)
+
+
+def test_an_epoch_is_a_long_wait() -> None:
+    loop = Loop({**conv_entry(sparse_ratio=0.5, metric="taylor"), "schedule": "one_shot"})
+    for epoch, long in ((0, False), (0, False), (1, True)):
+        assert not loop.masks.step(Clock(step=0, epoch=epoch, done=0, length=40)) and loop.masks.waits_long == long
+
+
+@pytest.mark.parametrize("metric", ["taylor", "movement"])
+def test_what_is_frozen_is_not_waited_for_and_joins_when_it_trains(metric: str) -> None:
+    loop = Loop(conv_entry(sparse_ratio=0.5, metric=metric))
+    frozen = loop.model.get_parameter("conv2.weight").requires_grad_(False)
+    loop.run(0, 12)
+    assert loop.masks.done == 2 and loop.masks.waits_for == ()
+    assert [loop.masks.sparsity()[f"conv{i}.weight"] for i in (1, 2)] == [0.25, 0]
+    assert loop.masks.unmasked() == ("conv2.weight",) and bool(frozen.all())
+    frozen.requires_grad_(True)
+    loop.run(12, 30)
+    assert [loop.masks.sparsity()[f"conv{i}.weight"] for i in (1, 2)] == [0.5, 0.5] and loop.masks.unmasked() == ()
+    assert int(frozen.flatten(1).any(1).sum()) == 4
+
+
+def test_a_frozen_member_has_the_mask_that_the_others_of_its_group_make() -> None:
+    loop = Loop(conv_entry(sparse_ratio=0.5, metric="taylor", dependency_group_id=1))
+    loop.model.get_parameter("conv2.weight").requires_grad_(False)
+    squares: list[Any] = []
+
+    def watch(step: int) -> None:
+        weight: Any = loop.model.get_parameter("conv1.weight")
+        squares.append((weight.detach() * weight.grad).double().flatten(1).sum(1).square().numpy())
+
+    loop.run(0, 5, watch)
+    loop.masks.step(clock(5))
+    least = int(np.argmin(np.mean(squares, axis=0)))
+    for name in ("conv1.weight", "conv2.weight"):
+        gone = ~loop.masks.by_target()[name].flatten(1).any(1)
+        assert gone.nonzero().flatten().tolist() == [least], name
+    assert loop.masks.unmasked() == ()
+
+
+# -- another schedule ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "done"),
+    [
+        ({}, 3),
+        ({"schedule": "one_shot"}, 0),
+        ({"updates": 2}, 1),
+        ({"updates": 8}, 6),
+        ({"updates": 40}, 30),
+        ({"schedule": "agp"}, 1),
+        ({"schedule": "agp", "updates": 40}, 14),
+        ({"stop": 36}, 3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("metric", ["l1", "movement"])
+def test_a_run_goes_on_by_another_schedule_to_all_that_was_asked(changes: dict[str, Any], done: int, metric: str) -> None:
+    """0.75 of it is there, 3 of 4 equal parts: by agp 1 of 4 is 0.578 and 2 are 0.875, 14 of 40 are 0.725 and 15 are 0.756."""
+    pruning = conv_entry(sparse_ratio=0.5, metric=metric)
+    first, second = Loop(pruning), Loop({**pruning, **changes})
+    first.run(0, 17)
+    assert first.masks.sparsity()["conv1.weight"] == 0.375
+    second.model.load_state_dict(first.model.state_dict())
+    second.masks.load_state_dict(copy.deepcopy(first.masks.state_dict()))
+    assert second.masks.done == done and second.masks.sparsity()["conv1.weight"] == 0.375
+    shares: list[float] = []
+    second.run(17, 40, lambda step: shares.append(second.masks.sparsity()["conv1.weight"]))
+    assert shares == sorted(shares) and shares[0] >= 0.375 and shares[-1] == 0.5
+    assert second.masks.done == second.masks.plan.options.pace.steps
 
 
 # -- together with quantization -----------------------------------------------------------------------------------------
@@ -445,3 +538,59 @@ def test_averaged_weights_are_masked_when_they_are_validated(quiet_trainer: Call
     trainer.fit(module, loader(128), loader(16))
     assert prunes.masks is not None
     assert torch.equal(seen[-1], prunes.masks.by_target()["conv1.weight"].flatten(1).any(1)) and int(seen[-1].sum()) == 4
+
+
+# -- masks that have to wait, in a fit ----------------------------------------------------------------------------------
+
+TAYLOR: dict[str, Any] = {"config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "metric": "taylor"}], "updates": 2}
+
+
+def masked_by(make: Callable[..., Trainer], model: Lit, pruning: Any, epochs: int) -> tuple[Any, list[str]]:
+    """The callback after a fit, and what it warned of."""
+    callback = QuantFusionCallback(pruning=pruning, source="last", verbose=0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        make(max_epochs=epochs, callbacks=[callback], num_sanity_val_steps=0).fit(model, loader(64), loader(16))
+    return callback, [str(one.message) for one in seen if "QuantFusionCallback: " in str(one.message)]
+
+
+class PastTheTrainer(Lit):
+    """Steps with its own optimizer, of which no callback hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_gradients_that_never_come_are_said_once(at_the_end: bool, quiet_trainer: Callable[..., Trainer]) -> None:
+    pruning = {**TAYLOR, "schedule": "one_shot"} if at_the_end else TAYLOR
+    callback, said = masked_by(quiet_trainer, PastTheTrainer(), pruning, 1 if at_the_end else 3)
+    assert callback.sparsity() == 0 and len(said) == 1
+    assert "masks are due, and wait for gradients of conv1.weight, conv2.weight, which never came. In manual opt" in said[0]
+    assert ("the fit ended after 0 of 1 updates of its masks; masks are due" in said[0]) == at_the_end
+    assert "with self.optimizers(), not with use_pl_optimizer=False; leave out layers that training does not use" in said[0]
+
+
+def test_a_frozen_layer_keeps_no_other_from_its_masks(quiet_trainer: Callable[..., Trainer]) -> None:
+    model = Lit()
+    model.get_submodule("conv2").requires_grad_(False)
+    callback, said = masked_by(quiet_trainer, model, TAYLOR, 2)
+    assert callback.masks.sparsity()["conv1.weight"] == 0.5 and callback.deployed_model.conv1.weight.shape == (4, 3, 3, 3)
+    assert callback.deployed_model.conv2.weight.shape == (8, 4, 3, 3)
+    (told,) = said
+    assert "conv2.weight got no mask: scored by gradients, and frozen at every update. Let it train before the last" in told
+    assert "frozen, and scored by gradients: conv2.weight" in str(callback.pruning_plan)
+
+
+def test_where_all_have_masks_nothing_is_said(quiet_trainer: Callable[..., Trainer]) -> None:
+    callback, said = masked_by(quiet_trainer, Lit(), TAYLOR, 2)
+    assert callback.masks.sparsity()["conv1.weight"] == 0.5 and said == []

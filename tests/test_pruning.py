@@ -253,6 +253,16 @@ def test_how_many_of_100_rows_are_masked_update_by_update(schedule: str, shares:
     assert [int((~mask).sum()) for mask in masks] == shares
 
 
+@pytest.mark.parametrize("schedule", ["one_shot", "linear", "agp"])
+def test_a_share_says_how_many_steps_are_done(schedule: str) -> None:
+    for updates in (1, 2, 3, 7, 10, 100):
+        pace = Pace(schedule=schedule, updates=updates)
+        shares = [pace.share_after(done) for done in range(pace.steps + 1)]
+        assert list(map(pace.done_by, shares)) == list(range(pace.steps + 1))
+        between = [(low + high) / 2 for low, high in itertools.pairwise(shares)]
+        assert list(map(pace.done_by, between)) == list(range(pace.steps))
+
+
 @pytest.mark.parametrize(
     ("pace", "moments"),
     [
