@@ -256,7 +256,7 @@ def test_files_of_a_trained_net_keep_its_accuracy(tmp_path: Path) -> None:
 # -- compression ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # three fits with their files, half a minute
+@pytest.mark.slow  # four fits with their files, a minute
 @pytest.mark.usefixtures("shared")
 def test_compression_prints_accuracy_size_and_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--seeds", "1", "--epochs", "1", "--steps", "2", "--rounds", "2", "--batches", "1", "--folder", str(tmp_path)]
