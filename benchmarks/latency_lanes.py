@@ -72,16 +72,13 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def write_files(subject: Subject, folder: Path, kinds: Sequence[str] = tuple(FILES)) -> dict[str, Path]:
-    """The net as .onnx files, by these keys of FILES."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {key: folder / f"{key}.onnx" for key in kinds}
-    example = subject.batches[0]
+def write_float(model: nn.Module, example: Tensor, path: Path) -> None:
+    """A float net in eval mode as .onnx, free batch size, batch norm folded; `example` of 2 samples."""
     with quiet():
         torch.onnx.export(
-            subject.model,
-            (example[:2],),
-            paths["float"],
+            model,
+            (example,),
+            path,
             dynamo=True,
             opset_version=21,
             input_names=[FEED],
@@ -90,7 +87,16 @@ def write_files(subject: Subject, folder: Path, kinds: Sequence[str] = tuple(FIL
             external_data=False,
             verbose=False,
         )
-        assert not [n for n in onnx.load(paths["float"]).graph.node if n.op_type == "BatchNormalization"]  # the exporter folds it
+    assert not [n for n in onnx.load(path).graph.node if n.op_type == "BatchNormalization"]  # the exporter folds it
+
+
+def write_files(subject: Subject, folder: Path, kinds: Sequence[str] = tuple(FILES)) -> dict[str, Path]:
+    """The net as .onnx files, by these keys of FILES."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {key: folder / f"{key}.onnx" for key in kinds}
+    example = subject.batches[0]
+    with quiet():
+        write_float(subject.model, example[:2], paths["float"])
         eight = deployed(subject)
         export_model(eight, paths["ours"], example_input=example)
         if "openvino" in kinds:

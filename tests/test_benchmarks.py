@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import accuracy
+import compression
 import distillation
 import eval_time
 import latency
@@ -250,3 +251,32 @@ def test_files_of_a_trained_net_keep_its_accuracy(tmp_path: Path) -> None:
     assert found["float"] == pytest.approx(accuracy.accuracy(subject.model, test))
     assert found["ours"] == found["openvino"] == accuracy.accuracy(deployed(subject), test)
     assert min(found.values()) > found["float"] - 1
+
+
+# -- compression ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # four fits with their files, a minute
+@pytest.mark.usefixtures("shared")
+def test_compression_prints_accuracy_size_and_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--seeds", "1", "--epochs", "1", "--steps", "2", "--rounds", "2", "--batches", "1", "--folder", str(tmp_path)]
+    compression.main(tiny)
+    accuracies, shares, sizes, latencies = capsys.readouterr().out.split("\n\n")[1:]
+    rows = {line[:24].strip(): line[24:].split() for line in accuracies.splitlines()[1:]}
+    assert list(rows) == ["float", *compression.LANES]
+    assert [row[0] for row in rows.values()] == [row[2] for row in rows.values()]  # what ships, its file with exact sums
+    assert rows["float"][0] == "68.9"
+    assert shares == "left after removal: 50.0% of channels, 25.2% of parameters, 25.3% of multiply-adds"
+    files = {line[:24].strip(): [float(word) for word in line[24:].split()] for line in sizes.splitlines()[1:]}
+    assert list(files) == list(compression.TIMED)
+    assert files["float"][0] == pytest.approx((tmp_path / "float.onnx").stat().st_size / 1e3, abs=0.1)
+    assert 0.25 < files["int8"][1] < 0.30
+    assert 0.25 < files[compression.ALL][2] < 0.45  # a quarter of the weights, and as many nodes
+    times = {line[5:43].strip(): line[43:].split() for line in latencies.splitlines()[1:]}
+    assert list(times) == [*compression.TIMED, *(f"{lane}, exact sums" for lane in compression.TIMED[1:])]
+    assert [len(numbers) for numbers in times.values()] == [1, 5, 5, 5, 5]
+    fits = json.loads((tmp_path / "results.json").read_text())
+    assert [one["lane"] for one in fits] == list(compression.LANES)
+    compression.main(tiny)  # no fit is run again
+    assert json.loads((tmp_path / "results.json").read_text()) == fits
+    assert capsys.readouterr().out.split("\n\n")[1] == accuracies
