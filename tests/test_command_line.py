@@ -254,9 +254,10 @@ def test_a_plan_of_all_three(folder: Path, capsys: pytest.CaptureFixture[str]) -
     pruning, distillation = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], [{"op_names": ["relu1"]}]
     arguments = {"config_list": [ENTRY], "pruning": pruning, "distillation": distillation, "teacher": "self"}
     assert main(["plan", "--config", written(folder / "config.yaml", arguments)]) == 0
-    quantized, masked = capsys.readouterr().out.split("\n\n")
+    quantized, masked, taught = capsys.readouterr().out.split("\n\n")
     assert "conv1" in quantized and "int8" in quantized
     assert re.search(r"conv1 +weight +0\.5 +l1", masked)
+    assert re.search(r"relu1\._output_ +relu1 +mse +1 ", taught)
 
 
 def test_a_misspelt_argument_in_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

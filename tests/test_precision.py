@@ -204,7 +204,7 @@ class BitsandbytesPrecision(Precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_without_integers_weights_may_be_of_half_precision(precision: str, quiet_trainer: TrainerMaker) -> None:
+def test_without_integers_weights_may_be_of_half_precision(precision: Any, quiet_trainer: TrainerMaker) -> None:
     """Pruning and distillation alone make no integers of them."""
     torch.manual_seed(0)
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
