@@ -116,7 +116,7 @@ class QuantFusionCallback(Compresses):
         verbose: 0 says nothing, 1 prints the plan, the phases as they begin and what was converted.
 
     Attributes:
-        plan: the `Plan`, from `on_fit_start` on.
+        plan: the `Plan` of what is quantized, from `on_fit_start` on; `print(callback.whole_plan())` has masks and teacher, too.
         deployed_model: the converted model on the CPU, from `on_fit_end` on; None if something was not quantized by then. Where
             the fit runs in processes of its own (ddp_spawn, ddp_notebook), both are there when it has returned.
         exported: what was written in `on_fit_end` in this process, and how each file compares with the prepared model in eval and

@@ -30,6 +30,7 @@ from lightning_quant.pruning_plan import Pruning, PruningPlan
 from lightning_quant.schedule import Clock
 from lightning_quant.shrink import shrink_model, unread_values
 from lightning_quant.sources import read_config
+from lightning_quant.tables import Tables
 from lightning_quant.trial import UncallableError
 
 _END = Clock(step=2**62, epoch=2**62, done=1.0, length=1.0)
@@ -110,11 +111,11 @@ class Compresses(EvaluatesAsShipped):
             except UncallableError:
                 return  # nothing will be removed: said at the end of the fit, with what is shipped instead
 
-    def whole_plan(self) -> str:
-        """What will be quantized, masked and taught, as tables."""
+    def whole_plan(self) -> Tables:
+        """What will be quantized, masked and taught, as tables: `print` it, or let a notebook show it."""
         links = None if self._distiller is None else self._distiller.links
-        quantized = [] if self.config_list is None else [str(self.plan)]
-        return "\n\n".join([*quantized, *(str(one) for one in (self.pruning_plan, links) if one is not None)])
+        plan = None if self.config_list is None else self.plan
+        return Tables.of(*(one for one in (plan, self.pruning_plan, links) if one is not None))
 
     # -- state ------------------------------------------------------------------------------------------------------------
 

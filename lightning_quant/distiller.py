@@ -14,8 +14,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_quant.config import ConfigError, parse_distillation, raise_problems
 from lightning_quant.distillation import BRIDGED, Projection, distance, feature_dim, loss_named, mismatch, name_of
-from lightning_quant.keys import Problems
-from lightning_quant.links import Link, Links, TeacherNames, make_links, uneven, unlike
+from lightning_quant.keys import OUTPUT, Problems
+from lightning_quant.links import Link, Links, TeacherNames, make_links, several, uneven, unlike
 from lightning_quant.prepare import LEARNED, Learned
 from lightning_quant.record import moved, split_example
 from lightning_quant.taps import Place, Seen, Taps
@@ -81,7 +81,7 @@ class _Run:
 
     def __init__(self, links: Links, model: nn.Module, entry: str, teacher: Teacher, names: TeacherNames) -> None:
         self.links, self.model, self.teacher = links, model, teacher
-        self.called, self.entry = model.get_submodule(entry), entry
+        self.called, self.entry, self.teacher_name = model.get_submodule(entry), entry, names.called
         modules = {link.module: model.get_submodule(link.module) if link.module else self.called for link in links.links}
         self.student = Taps({(link.module, link.target): modules[link.module] for link in links.links})
         self.taught = Taps(
@@ -197,6 +197,7 @@ class _Run:
                 f"{link.decided_by}: {link.name} does not show, because torch.compile had compiled the model before it was to; "
                 "call torch.compiler.reset() before the fit."
             )
+        raise_problems(self._unnamed(link))
         found: list[Tensor] = []
         for index, student in enumerate(students):
             near: list[Tensor] = []
@@ -207,6 +208,14 @@ class _Run:
                 near.append(self._distance(link, name, student, teachers[index]))
             found.append(near[0] if len(near) == 1 else torch.stack(near).min())
         return found
+
+    def _unnamed(self, link: Link) -> list[str]:
+        """What is wrong with a link of the model's output that does not say which, where student or teacher returns several."""
+        if link.module or link.chosen or link.target != OUTPUT:
+            return []
+        found = [("student", self.student.several.get(("", OUTPUT), ()))]
+        found += [("teacher", self.taught.several.get((name, OUTPUT), ())) for name in link.teachers if name == self.teacher_name]
+        return next(([several(link, whose, outputs)] for whose, outputs in found if len(outputs) > 1), [])
 
     def _distance(self, link: Link, name: str, student: Tensor, teacher: Tensor) -> Tensor:
         place = (link.module, link.target)
@@ -250,6 +259,9 @@ class _Run:
         problems: list[str] = []
         for link in self.links.links:
             place = (link.module, link.target)
+            if unnamed := self._unnamed(link):
+                problems += unnamed
+                continue
             if place not in student:
                 problems.append(self._absent(link, self.student, place, "student"))
             for name in link.teachers:
@@ -315,6 +327,7 @@ class Distiller:
     Attributes:
         learned: parameters of projections between widths, by name; an optimizer must train them. They begin and resume with
             this object, and `learned_parameters(model)` has them from `begin` on.
+        links: what is compared, from `begin` on; `print(links)` shows it.
 
     Raises:
         ConfigError: for what is wrong without a model; `begin` for the rest.
@@ -336,6 +349,7 @@ class Distiller:
             for keys in (rule.settings, *rule.target_settings.values()):
                 loss_named(keys.get("apply_method", "mse"), f"{rule.where}['apply_method']")
         self.learned: dict[str, nn.Parameter] = {}
+        self.links: Links | None = None
         self._run: _Run | None = None
         self._saved: dict[str, Tensor] | None = None  # the weights of a teacher that was the student
         self._kept: dict[str, Any] = {}  # the state when there is no run
@@ -356,6 +370,7 @@ class Distiller:
             ConfigError: with every problem found; the model and the teacher are then as they were.
         """
         self.end()
+        self.links = None
         model.__dict__.pop(LEARNED, None)
         module, called = found_teacher(self.given, model, entry)
         names = TeacherNames(module, called, entry)
@@ -370,7 +385,7 @@ class Distiller:
         except BaseException:
             teacher.leave()
             raise
-        self._run, self._saved = run, None
+        self._run, self._saved, self.links = run, None, links
         self.learned = {
             f"{bridge.name}.{key}": parameter
             for bridge in run.projections.values()
@@ -441,11 +456,6 @@ class Distiller:
     def losses(self) -> dict[str, Tensor]:
         """Of the last step, detached: what each link added (its lambda included), by its name, and 'loss', their sum."""
         return {} if self._run is None else dict(self._run.losses)
-
-    @property
-    def links(self) -> Links | None:
-        """What is compared, between `begin` and `end`; `print(links)` shows it."""
-        return None if self._run is None else self._run.links
 
     # -- state --------------------------------------------------------------------------------------------------------
 

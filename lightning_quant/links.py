@@ -14,8 +14,10 @@ from lightning_quant.distillation import TEMPERATURE, Method, loss_named, name_o
 from lightning_quant.keys import INPUT, OUTPUT, Problems, closest
 from lightning_quant.selection import Modules, select
 from lightning_quant.settings import DistillationSetting
-from lightning_quant.tables import text_table
+from lightning_quant.tables import html_table, text_table
 from lightning_quant.targets import Arguments, canonical_output, is_activation, is_input, uncompiled_name
+
+_HEAD = ("student", "teacher", "loss", "lambda", "decided by", "notes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Link:
 
     `module`: its full name in the model; "" is the module that is called with the input, whose output is the model's own.
     `teachers`: names of modules in the teacher, "" for the one that is called; of several the nearest counts, batch by batch
-    (NNI's DynamicLayerwiseDistiller). `dim`: None where `feature_dim` decides. `decided_by`: the place of the entry.
+    (NNI's DynamicLayerwiseDistiller). `dim`: None where `feature_dim` decides. `decided_by`: the place of the entry. `chosen`:
+    whether that names the target; else it is the output, and there must be one.
     """
 
     module: str
@@ -35,6 +38,7 @@ class Link:
     temperature: float
     dim: int | None
     decided_by: str
+    chosen: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -51,7 +55,19 @@ class Links:
     own: float = 1.0
 
     def __str__(self) -> str:
-        rows = [
+        return text_table(_HEAD, self._rows, notes=[f"note: {note}" for note in self._notes])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
+
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        return html_table(_HEAD, self._rows, notes=self._notes)
+
+    @property
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (
                 link.name,
                 " or ".join(name or "the model" for name in link.teachers),
@@ -62,8 +78,10 @@ class Links:
             )
             for link in self.links
         ]
-        notes = [] if self.own == 1 else [f"note: the loss of the step itself is weighed by {self.own:g}"]
-        return text_table(("student", "teacher", "loss", "lambda", "decided by", "notes"), rows, notes=notes)
+
+    @property
+    def _notes(self) -> list[str]:
+        return [] if self.own == 1 else [f"the loss of the step itself is weighed by {self.own:g}"]
 
 
 class TeacherNames:
@@ -202,6 +220,7 @@ def _link(
         temperature=float(keys.get("temperature", TEMPERATURE)),
         dim=keys.get("dim"),
         decided_by=rule.where,
+        chosen=any(canonical_output(one) == target for one in (*(rule.target_names or ()), *rule.target_settings)),
     )
 
 
@@ -218,4 +237,17 @@ def unlike(link: Link, name: str, student: Tensor, teacher: Tensor, why: str) ->
     return (
         f"{link.decided_by}: {link.name} has shape {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "
         f"teacher ({name or 'the model'!r}): {why}."
+    )
+
+
+def several(link: Link, whose: str, outputs: Sequence[str]) -> str:
+    """What is wrong where a model returns several tensors, and the entry does not say which of them is meant."""
+    names = [f"{OUTPUT}0" if name == OUTPUT else name for name in outputs]
+    if whose == "student":
+        do = f"Name one in the entry: 'target_names': [{names[-1]!r}]"
+    else:
+        do = "Name one that both return in the entry ('target_names'), or let `link` name the module of the teacher that makes it"
+    return (
+        f"{link.decided_by}: the {whose} returns {len(names)} tensors, {', '.join(names)}, and it is not said which of them is "
+        f"the model's output. {do}."
     )

@@ -309,7 +309,8 @@ _DISTILLATION = """\
 
 A list of its own, beside a teacher. Its entries select modules and tensors as above (`_input_` and `_output_` targets), and say how far
 the student's is from the teacher's; the sum joins the loss that `training_step` returns. An entry that selects nothing, or has the
-name `""`, means the model's own output: `"kl"` is `[{"apply_method": "kl"}]`.
+name `""`, means the model's own output: `"kl"` is `[{"apply_method": "kl"}]`. Of a model that returns several
+tensors `target_names` says which: `_output_logits` for a key, `_output_0` and on for a place; nothing is taken unasked.
 
 ```yaml
 # yaml-language-server: $schema=distillation.schema.json

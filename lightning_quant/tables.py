@@ -6,6 +6,7 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,28 @@ def text_table(head: Sequence[str], rows: Sequence[Row], *, right: Collection[st
         places = zip(row, widths, head, strict=True)
         lines.append("  ".join(cell.rjust(w) if name in right else cell.ljust(w) for cell, w, name in places).rstrip())
     return "\n".join([*lines, *notes])
+
+
+class Tables(str):
+    """Several things that show themselves as tables, one below the other, as text and in a notebook."""
+
+    __slots__ = ("parts",)
+    parts: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, *parts: Any) -> Tables:
+        """That of things with `__str__` and `_repr_html_`."""
+        made = cls("\n\n".join(str(part) for part in parts))
+        made.parts = parts
+        return made
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows as text."""
+        printer.text("..." if cycle else str(self))
+
+    def _repr_html_(self) -> str:
+        """The same, for notebooks."""
+        return "<br>".join(part._repr_html_() for part in self.parts)
 
 
 # Colours are half transparent over whatever the notebook's theme has, and text keeps the theme's own.

@@ -32,6 +32,7 @@ class Taps:
         self.inside = False
         self.seen: Seen = {}
         self.missing: dict[Place, str] = {}  # what was returned in place of a target
+        self.several: dict[Place, tuple[str, ...]] = {}  # the tensors that were returned together, by target, if there were more
         self.copies: dict[Place, bool] = {}
         self.first: list[tuple[Place, Tensor, int, list[Tensor], int]] = []  # (place, tensor, its version, list, where in it)
         self.handles: list[Any] = []
@@ -83,6 +84,8 @@ class Taps:
         if self.inside:
             outputs = outputs_of(result)
             name = output_key(key[1], outputs)
+            if len(outputs) > 1:
+                self.several[key] = tuple(name for name, one in outputs.items() if isinstance(one, Tensor))
             self._note(key, None if name is None else outputs[name], outputs)
 
     def _note(self, key: Place, value: Any, outputs: Mapping[str, Any]) -> None:

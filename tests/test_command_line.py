@@ -257,7 +257,7 @@ def test_a_plan_of_all_three(folder: Path, capsys: pytest.CaptureFixture[str]) -
     quantized, masked, taught = capsys.readouterr().out.split("\n\n")
     assert "conv1" in quantized and "int8" in quantized
     assert re.search(r"conv1 +weight +0\.5 +l1", masked)
-    assert re.search(r"relu1\._output_ .*mse", taught)
+    assert re.search(r"relu1\._output_ +relu1 +mse +1 ", taught)
 
 
 def test_a_misspelt_argument_in_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -348,7 +348,64 @@ def test_later_entries_and_targets_win() -> None:
     text = str(distiller.links)
     assert "overrules distillation[0]" in text and "kl (temperature 3)" in text and "the model" in text
     weighed = begun({"config_list": "kl", "origin_loss_lambda": 0}, Net(), Net(), None)
-    assert "the loss of the step itself is weighed by 0" in str(weighed.links)
+    assert "note: the loss of the step itself is weighed by 0" in str(weighed.links)
+    page = weighed.links._repr_html_()  # type: ignore[union-attr]
+    assert "<table" in page and "kl (temperature 2)" in page and "the loss of the step itself is weighed by 0" in page
+    before = str(weighed.links)
+    weighed.end()
+    assert str(weighed.links) == before  # to be looked at after a fit
+
+
+Both = NamedTuple("Both", [("features", Tensor), ("logits", Tensor)])  # noqa: UP014
+MANY: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str]] = {
+    "dict": (lambda a, b: {"features": a, "logits": b}, "_output_features, _output_logits", "_output_logits"),
+    "tuple": (lambda a, b: (a, b), "_output_0, _output_1", "_output_1"),
+    "named tuple": (Both, "_output_0, _output_1", "_output_1"),
+}
+
+
+def many(make: Callable[[Tensor, Tensor], Any]) -> Calls:
+    def forward(self: Any, x: Tensor) -> Any:
+        features = self.body(x)
+        return make(features, self.fc(features))
+
+    return Calls(forward, body=nn.Linear(3, 6), fc=nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("example", [True, False])
+def test_of_several_outputs_one_is_named(name: str, example: bool) -> None:
+    make, said, wanted = MANY[name]
+    student, teacher, x = many(make), many(make), torch.randn(5, 3)
+    text = rf"distillation\[0\]: the student returns 2 tensors, {said}, and it is not said .* 'target_names': \['{wanted}'\]"
+    with pytest.raises(ConfigError, match=text):
+        added(begun("kl", student, teacher, x if example else None), student, x)
+    first = [net.get_submodule("body")(x) for net in (student, teacher)]
+    logits = [net.get_submodule("fc")(features) for net, features in zip((student, teacher), first, strict=True)]
+    entries = [{"apply_method": "kl", "target_names": [wanted]}, {"op_names": ["fc"]}]
+    found = added(begun(entries, student, teacher, x), student, x)
+    torch.testing.assert_close(found[wanted], distance("kl", *logits, dim=-1, temperature=2.0, where="here"))
+    assert set(found) == {wanted, "fc._output_", "loss"}
+    if name != "dict":
+        found = added(begun([{"target_names": ["_output_0"]}], student, teacher, x), student, x)
+        torch.testing.assert_close(found["_output_"], F.mse_loss(*first))
+
+
+def test_of_several_outputs_of_a_teacher_one_is_named() -> None:
+    teacher, x = many(lambda a, b: {"features": a, "logits": b}), torch.randn(5, 3)
+    student = Calls(lambda self, x: self.net(x)["logits"], net=many(lambda a, b: {"features": a, "logits": b}))
+    with pytest.raises(ConfigError, match=r"the teacher returns 2 tensors, _output_features, _output_logits, .*`link` name the"):
+        begun("kl", student, teacher, x)
+    found = added(begun([{"apply_method": "kl", "link": "fc"}], student, teacher, x), student, x)
+    expected = distance("kl", student(x), teacher(x)["logits"], dim=-1, temperature=2.0, where="here")
+    torch.testing.assert_close(found["_output_"], expected)
+
+
+def test_one_tensor_among_other_things_needs_no_name() -> None:
+    student, teacher = (many(lambda a, b: {"logits": b, "length": 3}) for _ in "ab")
+    x = torch.randn(5, 3)
+    found = added(begun("mse", student, teacher, x), student, x)
+    torch.testing.assert_close(found["_output_"], F.mse_loss(student(x)["logits"], teacher(x)["logits"]))
 
 
 def absolute(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,6 +326,24 @@ def test_the_teachers_forward_may_ask_the_trainer(tmp_path: Path, quiet_trainer:
     assert {(False, 1), (True, 1)} <= set(asked) and "log" not in model.__dict__
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     fit(quiet_trainer, Asks(), QuantFusionCallback(teacher=tmp_path / "a.ckpt", **options), max_epochs=1)
+
+
+@pytest.mark.parametrize("config_list", [None, "int8"])
+def test_the_whole_plan_is_there_after_a_fit_and_shows_in_notebooks(config_list: str | None, quiet_trainer: Make) -> None:
+    options: dict[str, Any] = {"distillation": ENTRIES, "teacher": "self", "verbose": 0}
+    callback = QuantFusionCallback(config_list, pruning=[{"op_names": ["conv1"], "sparse_ratio": 0.5}], **options)
+    assert callback.whole_plan() == ""
+    fit(quiet_trainer, Lit(), callback, max_epochs=1)
+    plan = callback.whole_plan()
+    parts = [*([callback.plan] if config_list else []), callback.pruning_plan, callback._distiller.links]  # type: ignore[union-attr]
+    assert plan == "\n\n".join(map(str, parts)) and "kl (temperature 4)" in plan
+    page, texts = plan._repr_html_(), [""]
+    plan._repr_pretty_(SimpleNamespace(text=texts.append), False)
+    assert texts[-1] == plan and page.count("<table") == len(parts)
+    assert "kl (temperature 4)" in page and "conv1" in page
+    alone = QuantFusionCallback(**options)
+    fit(quiet_trainer, Lit(), alone, max_epochs=1)
+    assert alone.whole_plan() == str(parts[-1])
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------------
