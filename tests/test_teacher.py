@@ -370,7 +370,7 @@ def test_a_teacher_from_a_checkpoint(tmp_path: Path, quiet_trainer: Make) -> Non
         ),
         (
             tmp_path / "other.ckpt",
-            r"(?s)cannot be loaded as a Lit: RuntimeError: .* If it is of another class, give {'class_path': .*}\. Or give the teacher",
+            r"(?s)cannot be loaded as a Lit: RuntimeError: .* If it is of another class, give {'class_path': .*}\. Or give ",
         ),
     ):
         with pytest.raises(ConfigError, match=text):
