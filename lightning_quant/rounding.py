@@ -99,7 +99,8 @@ def learn_rounding(
     f: the layer's batch norm (on running statistics) and activation; x: its input in the float model, x^: in the quantized one,
     whose earlier layers are learned already. beta falls from 20 to 2. The second term, which drives h to 0 or 1, begins after a
     fifth of the iterations. Both terms are relative here (to the error of nearest rounding, to the number of values), so that
-    `strength` suits layers of any size. Where nearest rounding turns out better on all batches together it is kept.
+    `strength` suits layers of any size. Where nearest rounding turns out better on all batches together it is kept. A weight of
+    exactly 0, a masked one say, stays 0.
 
     Afterwards the integers of these weights are fixed: they hold as long as the weights (and the norms behind them, on a grid
     that several channels share) stay as they are, and converting or running a weight that has moved by a step is a ConfigError.
@@ -247,22 +248,27 @@ class _Learner:
             exact = self.folded / self.grid.scale
             exact = exact if self.grid.zero_point is None else exact + self.grid.zero_point
             floor = exact.floor()
-            up = self._optimized(floor, exact - floor, error, options)
+            # A weight of exactly 0 stays 0: it may be masked.
+            held = torch.where(self.folded == 0, nearest - floor, torch.nan)
+            up = self._optimized(floor, exact - floor, held, error, options)
             learned = (floor + up).clamp(spec.qmin, spec.qmax)
             if (found := self._error(learned)) < error:
                 best, q = found, learned
         report = LearnedLayer(nearest=error, learned=best, turned=float((q != nearest).double().mean()))
         return FixedRounding(self.before, self.grid, q), report
 
-    def _optimized(self, floor: Tensor, rest: Tensor, error: float, options: _Options) -> Tensor:
-        """Which values to round up: 1.0, else 0.0. `rest`: how far above the level below them they are, in steps."""
+    def _optimized(self, floor: Tensor, rest: Tensor, held: Tensor, error: float, options: _Options) -> Tensor:
+        """Which values to round up: 1.0, else 0.0. `rest`: how far above the level below them they are, in steps.
+
+        `held`: the answer for values that have no choice; NaN for the others.
+        """
         spec, generator = self.before.spec, torch.Generator().manual_seed(options.seed)
         v = torch.logit((rest - GAMMA) / (ZETA - GAMMA)).requires_grad_()
         optimizer = torch.optim.Adam([v], lr=options.lr)
         for iteration in range(options.iterations):
             x, y = self._rows(generator, options.batch_size)
             with torch.enable_grad():
-                h = _rectified(v)
+                h = torch.where(held.isnan(), _rectified(v), held)
                 made = self._made(x, (floor + h).clamp(spec.qmin, spec.qmax))
                 loss = (made - y).square().mean() / error
                 t = iteration / options.iterations
@@ -272,7 +278,7 @@ class _Learner:
                 (v.grad,) = torch.autograd.grad(loss, v)
             optimizer.step()
         with torch.no_grad():
-            return (_rectified(v) >= 0.5).to(floor.dtype)
+            return torch.where(held.isnan(), (_rectified(v) >= 0.5).to(floor.dtype), held)
 
 
 def _rectified(v: Tensor) -> Tensor:

@@ -286,6 +286,11 @@ nothing. A mask grows by the schedule, and what is masked stays so (metric `move
 - batch norms and depthwise convolutions behind masked layers are masked with them, so that a masked channel is exactly 0, and a layer
   before a masked batch norm, too.
 - a layer that makes what the model returns keeps its output channels, unless `op_names` names it.
+- a layer that the forward does not use (of a net beside the one that trains) stays as it is, unless `op_names` names it.
+
+A teacher's layers are never masked, and a layer with weights of one bit (`bnn`), which has no 0, is refused. Metrics that need gradients
+score a frozen layer from the first update on that comes while it trains. A run may be resumed by another schedule: masks grow on from
+the share that was reached.
 
 `{config_list: [...], ...}` in place of the list takes options:
 """

@@ -432,6 +432,34 @@ def test_other_groups_learn_and_deploy(name: str, granularity: str) -> None:
         assert torch.equal(convert_model(net)(batches[0]), out)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"granularity": "per_tensor"}, {"quant_dtype": "uint8", "quant_scheme": "affine"}, {"method": "lsq"}],
+    ids=str,
+)
+def test_masked_weights_stay_zero(keys: dict[str, Any]) -> None:
+    """2 of 4 of them are 0, and rounding is learned for the others, behind a batch norm too."""
+    torch.manual_seed(1)
+    net: nn.Module = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2))
+    batches = [torch.randn(8, 4, 7, 7) * 0.5 + 1 for _ in range(2)]
+    with torch.no_grad():
+        for weight in (net.get_parameter("0.weight"), net.get_parameter("3.weight")):
+            weight.view(-1, 4)[:, ::2] = 0
+    entry = {"op_types": ["Conv2d"], "target_settings": {"weight": keys}}
+    calibrate(prepared(net, [entry], batches[0]), batches)
+    report = learn_rounding(net, batches, iterations=150, lr=0.05, strength=1)
+    assert any(one.turned for one in report.layers.values()) and set(report.layers) == {"0", "3"}
+    for name in report.layers:
+        fixed = group_of(net, name).weight
+        assert isinstance(fixed, FixedRounding)
+        zero = 0 if fixed.fixed.zero_point is None else fixed.fixed.zero_point
+        gone = net.get_parameter(f"{name}.weight") == 0
+        assert int(gone.sum()) == gone.numel() // 2 and not (fixed.q - zero)[gone].any()
+    deployed: Any = convert_model(net.eval())
+    with torch.no_grad():
+        assert torch.equal(deployed(batches[0]), net(batches[0]))
+
+
 def test_a_grid_with_a_zero_point() -> None:
     net: nn.Module = nn.Sequential(nn.Linear(6, 5), nn.ReLU())
     x = torch.randn(40, 6)

@@ -433,6 +433,27 @@ def test_tied_parameters_have_one_mask() -> None:
     assert list(masks.by_target()) == ["a.weight"] and model.get_parameter("b.weight").abs().sum(1).count_nonzero() == 2
 
 
+def test_one_parameter_has_one_setting() -> None:
+    model = Calls(lambda m, x: m.b(m.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    model.b.weight = model.a.weight  # type: ignore[union-attr]
+    entries = [{"op_names": [name], "target_names": ["weight"], "sparse_ratio": r} for name, r in (("a", 0.5), ("b", 0.25))]
+    text = r"pruning\[1\]: b.weight is a.weight, one Parameter with two settings; give them once"
+    with pytest.raises(ConfigError, match=text):
+        make_pruning(model, entries)
+
+
+def test_inputs_of_a_grouped_convolution_have_no_scores() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
+    inputs = {"op_names": ["1"], "target_names": ["_input_"]}
+    text = r"pruning\[0\]: 1._input_: the inputs of a grouped convolution have no scores; align them to another target"
+    with pytest.raises(ConfigError, match=text):
+        make_pruning(model, [{**inputs, "sparse_ratio": 0.5}])
+    follows = {"align": {"module_name": "0", "target_name": "weight", "dims": [0]}}
+    masks = masked(model, [{"op_names": ["0"], "sparse_ratio": 0.5}, {**inputs, **follows}])
+    columns = masks.by_target()["1.weight"].flatten(1).reshape(2, 2, 2)  # groups, outputs, inputs
+    assert columns.all(1).flatten().int().tolist() == columns.any(1).flatten().int().tolist() == kept(masks, "0.weight")
+
+
 def test_a_plan_is_data_without_the_model() -> None:
     model = convs()
     plan = make_pruning(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], record(model, torch.randn(1, 3, 8, 8)))
@@ -639,7 +660,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "global group of other metrics": (
         both({"sparse_ratio": 0.5, "global_group_id": "g"}, {"sparse_ratio": 0.5, "global_group_id": "g", "metric": "random"}),
-        "pruning: fc1.weight and fc2.weight: global_group_id 'g' ranks them together, but they have metrics l1 and random",
+        (
+            "pruning: fc1.weight and fc2.weight: global_group_id 'g' ranks them together, but they have metrics l1 and random, "
+            "whose scores cannot be compared; make them equal."
+        ),
     ),
     "parts that do not divide": (
         entry(sparse_ratio=0.5, internal_metric_block=3),

@@ -539,13 +539,18 @@ def test_a_teacher_from_a_checkpoint(tmp_path: Path, quiet_trainer: Make) -> Non
     assert by_class.links is not None
     prepare_model(student, make_plan(student, FUSED, example_input=IMAGE))
     assert type(begun("mse", student, str(tmp_path / "float.ckpt"))._run.teacher.module) is Lit  # type: ignore[union-attr]
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
     for teacher, text in (
         (tmp_path / "flaot.ckpt", r"there is no checkpoint '.*flaot.ckpt'\. Close: 'float.ckpt'"),
         ({"class_path": "toys.Litt", "ckpt_path": "a"}, r"\['class_path'\]: 'toys.Litt' cannot be imported"),
         ({"class_path": "torch.nn.Linear", "ckpt_path": "a"}, "Linear has no load_from_checkpoint; give the teacher as a module"),
         (
             {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel", "ckpt_path": str(tmp_path / "float.ckpt")},
-            "teacher: .* cannot be loaded as a BoringModel: RuntimeError",
+            r"(?s)teacher: .* cannot be loaded as a BoringModel: RuntimeError.*[^}]\. Or give the teacher as a module",
+        ),
+        (
+            tmp_path / "other.ckpt",
+            r"(?s)cannot be loaded as a Lit: RuntimeError: .* If it is of another class, give {'class_path': .*}\. Or give ",
         ),
     ):
         with pytest.raises(ConfigError, match=text):
