@@ -23,6 +23,7 @@ from lightning_quant.config import ConfigError
 from lightning_quant.convert import copy_of, made_permanent
 from lightning_quant.cuts import Cuts, find_cuts, masked_slices, units_of
 from lightning_quant.heads import add_heads
+from lightning_quant.held import hold_constants
 from lightning_quant.narrow import cut_model, first_names, keep_cuts, norms_of, pin_scales, ranges_of
 from lightning_quant.prepare import restore_model
 from lightning_quant.tables import html_table, text_table
@@ -124,7 +125,7 @@ def shrink_model(
     cuts = replace(cuts, ranges=ranges_of(flow, model, cuts))
     before, after = run.cost(run.model), run.cost(run.cut(cuts))
     keep_cuts(model, model.get_submodule(entry), cuts, _less_work(before, after))
-    cut_model(model, cuts)
+    cut_model(model, hold_constants(model, cuts, example_input, entry))
     return Shrunk(
         model=model,
         cuts=cuts,
@@ -141,15 +142,18 @@ def unread_values(model: nn.Module, masks: Mapping[str, Tensor], example_input: 
     Such values change nothing but the range of their channel, and with it the grid of a quantized weight. Masked while the
     model is trained, they are not missed when they go: what ships is then what was validated, bit for bit.
     """
-    _, _, cuts = _cuts(made_permanent(copy_of(model)), masks, example_input, entry)
+    run, flow, cuts = _cuts(made_permanent(copy_of(model)), masks, example_input, entry)
     found: dict[str, Tensor] = {}
+    factors = {*flow.convs, *(reading.weight for reading in flow.readings)}
     for name in sorted(cuts.names() - set(cuts.biases)):  # where constants go into a bias, the values that they met count
         size = cuts.shapes[name]
         if len(size) > 1:
             place = torch.arange(1, math.prod(size) + 1, dtype=torch.float64).reshape(size)
             stays = torch.zeros(math.prod(size) + 1, dtype=torch.bool)
             stays[cuts.tensor(name, place).flatten().long()] = True
-            found[name] = stays[1:].reshape(size)
+            stays = stays[1:].reshape(size)
+            if name in factors or run.same_without(name, stays):  # a parameter that is added makes a constant
+                found[name] = stays
     return found
 
 

@@ -141,6 +141,13 @@ class Trial:
         cut_model(small, cuts)
         return small
 
+    def same_without(self, name: str, stays: Tensor) -> bool:
+        """Whether the model computes the same if a parameter or buffer is 0 where `stays` is False."""
+        model = copy.deepcopy(self.model)
+        with torch.no_grad():
+            stored_tensors(model)[name].masked_fill_(~stays, 0)
+        return self._same(self.outputs(model), self.expected)
+
     def problem(self, cuts: Cuts) -> str:
         """Why a smaller model does not compute the same; "" if it does."""
         twin = copy.deepcopy(self.model)

@@ -72,13 +72,28 @@ def test_without_shrink_the_masked_model_ships(quiet_trainer: TrainerMaker) -> N
     assert torch.equal(output(callback.deployed_model), output(model))
 
 
-def test_a_removal_that_rounds_otherwise_says_how_much(quiet_trainer: TrainerMaker) -> None:
+def with_constants() -> Any:
+    """What is behind masked channels of conv2 is a constant: the bias of the norm behind it is not masked."""
     torch.manual_seed(3)
     model: Any = Lit()
-    nn.init.constant_(model.bn2.bias, 0.5)  # not masked: what is behind masked channels is a constant
+    nn.init.constant_(model.bn2.bias, 0.5)
+    return model
+
+
+def test_constants_that_go_leave_the_validated_integers(quiet_trainer: TrainerMaker) -> None:
+    model = with_constants()
+    _, callback = fitted(quiet_trainer, "int8", model=model, pruning={"config_list": HALF, "dependencies": False})
+    assert "fc.weight" in callback.shrunk.cuts.biases and callback.deployed_model.fc.weight.shape == (4, 4 * 16)
+    for x in (X, 3 * X.flip(0)):
+        assert torch.equal(output(callback.deployed_model, x), output(model, x))
+
+
+def test_a_removal_that_rounds_otherwise_says_how_much(quiet_trainer: TrainerMaker) -> None:
+    model = with_constants()
+    affine = ["int8", {"op_names": ["fc"], "target_names": ["weight"], "quant_scheme": "affine"}]  # a grid that is not held
     said = r"differs from what was validated by up to (\S+) .* moved into fc.bias, .* Mask the biases .*shrink: false"
     with pytest.warns(UserWarning, match=said) as seen:
-        _, callback = fitted(quiet_trainer, "int8", model=model, pruning={"config_list": HALF, "dependencies": False})
+        _, callback = fitted(quiet_trainer, affine, model=model, pruning={"config_list": HALF, "dependencies": False})
     (told,) = (match[1] for one in seen if (match := re.search(said, str(one.message))))
     (x,), _ = split_example(callback._example)
     masked = output(model, x)  # the deployed arithmetic, with all channels

@@ -18,8 +18,9 @@ from test_shrink_cases import Net, conv, shape
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_quant import QuantFusionCallback
-from lightning_quant.shrink import Shrunk, shrink_model
+from lightning_quant import QuantFusionCallback, convert_model, make_plan, prepare_model
+from lightning_quant.prepare import drop_deployed_layers
+from lightning_quant.shrink import Shrunk, shrink_model, unread_values
 from lightning_quant.trial import UncallableError
 
 ROWS = {"a": [1, 2]}
@@ -213,3 +214,79 @@ def test_what_was_removed_is_short_in_a_repl_and_a_table_in_a_notebook() -> None
     pretty: list[str] = []
     kept._repr_pretty_(SimpleNamespace(text=pretty.append), cycle=False)
     assert pretty == [str(kept)]
+
+
+# -- constants of a quantized model -----------------------------------------------------------------------------------------
+
+
+def quantized(net: Any, x: Tensor, config: Any = "int8") -> Any:
+    """In eval mode, with the ranges of a few training steps; no norm as it began."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    prepare_model(net, make_plan(net, config, example_input=x))
+    for _ in range(3):
+        net.train()(x)
+    return net.eval()
+
+
+NETS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[], dict[str, nn.Module]]]] = {
+    "conv": (lambda n, x: n.o(torch.sigmoid(n.a(x))), lambda: {"a": conv(3, 6), "o": conv(6, 4)}),
+    "no bias": (lambda n, x: n.o(torch.sigmoid(n.a(x))), lambda: {"a": conv(3, 6), "o": conv(6, 4, bias=False)}),
+    "groups": (lambda n, x: n.o(torch.sigmoid(n.a(x))), lambda: {"a": conv(3, 6), "o": conv(6, 4, groups=2)}),
+    "norm behind": (
+        lambda n, x: F.relu(n.bn(n.o(torch.sigmoid(n.a(x))))).mean((2, 3)),
+        lambda: {"a": conv(3, 6), "o": conv(6, 4, bias=False), "bn": nn.BatchNorm2d(4)},
+    ),
+    "linear": (
+        lambda n, x: n.o(F.softplus(n.a(x)).mean((2, 3))),
+        lambda: {"a": conv(3, 6), "o": nn.Linear(6, 4)},
+    ),
+    "curve": (
+        lambda n, x: F.gelu(n.o(n.a(x) + 1.0)).mean((2, 3)),
+        lambda: {"a": conv(3, 6), "o": conv(6, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("granularity", ["default", "per_tensor"])
+def test_a_quantized_model_without_constant_channels_has_the_validated_integers(name: str, granularity: str) -> None:
+    """The columns that go hold the largest weights of their rows: without these the scales would be others."""
+    run, layers = NETS[name]
+    x = images(8, 3, 8, 8).float()
+    net: Any = Net(run, **layers())
+    with torch.no_grad():
+        net.o.weight[:, :2] *= 4
+    config = ["int8", {"op_names": ["o"], "target_names": ["weight"], "granularity": granularity}]
+    net = quantized(net, x, config)
+    rows = {"a": [0, 3] if name == "groups" else [1, 2]}
+    masks = mask_rows(net, rows, bias=False)
+    drop_deployed_layers(net)
+    result = shrink_model(net, masks, x)
+    assert result.removed["a.weight"] == (2, 6) and result.cuts.biases
+    for given in (x, 3 * images(5, 3, 9, 7).float()):
+        with torch.no_grad():
+            found, expected = convert_model(result.model)(given), net(given)
+            assert torch.equal(found, result.model(given))
+        if granularity == "default" or name != "norm behind":  # one scale under a norm: it is a new one
+            assert torch.equal(found, expected)
+        else:
+            assert float((found - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+    result.model.train()(x).square().mean().backward()
+    assert all(one.grad is not None and bool(one.grad.isfinite().all()) for one in result.model.parameters())
+
+
+def test_a_parameter_that_is_added_is_not_masked_because_its_channel_will_go() -> None:
+    """It makes the constant that goes into the next bias; a convolution's own columns that nothing reads are masked."""
+    net: Any = Net(lambda n, x: n.o((n.a(x) + n.w).mean((2, 3))), a=conv(3, 6), o=nn.Linear(6, 2))
+    net.w = nn.Parameter(torch.zeros(6, 6, 6))
+    net = double(net)
+    masks = mask_rows(net, {"a": [1, 2]})
+    assert "w" not in unread_values(net, masks, images(2, 3, 8, 8))
+    with torch.no_grad():
+        net.o.weight[:, [1, 2]] = 0
+    masks["o.weight"] = torch.tensor([True, False, False, True, True, True]).expand(2, 6)
+    found = unread_values(net, masks, images(2, 3, 8, 8))
+    assert not bool(found["w"][[1, 2]].any()) and bool(found["w"][[0, 3, 4, 5]].all())  # nothing reads these any more
