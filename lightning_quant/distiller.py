@@ -97,7 +97,7 @@ class _Run:
         self.taught.copies.update({place: True for place in self.taught.places if is_input(place[1])})
         compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())
         # Compiled code has the hooks of when it was compiled; of these places nothing has been seen yet.
-        self.unseen = set(self.student.places) if compiled else set()
+        self.unseen = set(self.student.places if compiled else ())
         self.projections: dict[tuple[Place, str], Projection] = {}
         self.losses: dict[str, Tensor] = {}
         self.pairs: list[_Pair] = []
@@ -105,8 +105,7 @@ class _Run:
         self.handles: list[Any] = []
         self.step: _JoinsLoss | None = None
         self.fresh = True  # no batch is over yet
-        self.skipped = False  # the step returned nothing, so that Lightning leaves the batch out
-        self.met, self.asked = False, False  # whether any forward was paired, and its loss asked for
+        self.met = self.asked = self.skipped = False  # a forward was paired, its loss asked for; the step returned nothing
 
     # -- a batch ------------------------------------------------------------------------------------------------------
 
@@ -479,10 +478,11 @@ class Distiller:
             self._kept = dict(state)
             return
         saved, own = state["projections"], self.learned
-        if {name: tuple(p.shape) for name, p in own.items()} != {name: tuple(p.shape) for name, p in saved.items()}:
+        there, here = (sorted(f"{name} {tuple(p.shape)}" for name, p in some.items()) for some in (saved, own))
+        if there != here:
             raise ConfigError(
-                f"the checkpoint's projections are of another distillation: {sorted(saved)} there, {sorted(own)} here. Use the "
-                "distillation and the teacher of that run, or load only its weights and start a new fit."
+                f"the checkpoint's projections are of another distillation: {there} there, {here} here. Use the distillation and "
+                "the teacher of that run, or load only its weights and start a new fit."
             )
         if self.given == SELF and state.get("teacher") is None:
             raise ConfigError(

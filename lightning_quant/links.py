@@ -244,7 +244,8 @@ def several(link: Link, whose: str, outputs: Sequence[str]) -> str:
     """What is wrong where a model returns several tensors, and the entry does not say which of them is meant."""
     names = [f"{OUTPUT}0" if name == OUTPUT else name for name in outputs]
     if whose == "student":
-        do = f"Name one in the entry: 'target_names': [{names[-1]!r}]"
+        one = next((name for name in names if name.removeprefix(OUTPUT) in ("logits", "out", "output")), names[0])
+        do = f"Name one in the entry: {{'apply_method': {name_of(link.method)!r}, 'target_names': [{one!r}]}}"
     else:
         do = "Name one that both return in the entry ('target_names'), or let `link` name the module of the teacher that makes it"
     return (

@@ -377,7 +377,10 @@ def many(make: Callable[[Tensor, Tensor], Any]) -> Calls:
 def test_of_several_outputs_one_is_named(name: str, example: bool) -> None:
     make, said, wanted = MANY[name]
     student, teacher, x = many(make), many(make), torch.randn(5, 3)
-    text = rf"distillation\[0\]: the student returns 2 tensors, {said}, and it is not said .* 'target_names': \['{wanted}'\]"
+    shown = wanted if name == "dict" else "_output_0"
+    text = (
+        rf"distillation\[0\]: the student returns 2 tensors, {said}, and it is not said .* 'kl', 'target_names': \['{shown}'\]}}"
+    )
     with pytest.raises(ConfigError, match=text):
         added(begun("kl", student, teacher, x if example else None), student, x)
     first = [net.get_submodule("body")(x) for net in (student, teacher)]
@@ -628,6 +631,9 @@ def test_a_state_of_another_distillation_is_refused() -> None:
     two, three = begun("mse", Net(), wide), begun("mse", Net(), "self")
     with pytest.raises(ConfigError, match=r"projections are of another distillation: \['conv2.*'\] there, \[\] here"):
         two.load_state_dict(one.state_dict())
+    wider = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Flatten(), nn.Linear(384, 4))
+    with pytest.raises(ConfigError, match=r"->0.weight \(5, 8\)'\] there, .*->0.weight \(6, 8\)'\] here"):
+        begun([{"op_names": ["conv2"], "link": "0"}], Net(), wider).load_state_dict(one.state_dict())
     with pytest.raises(
         ConfigError, match="'self' is the float model when training began, and the checkpoint is of a run that did"
     ):
