@@ -44,7 +44,7 @@ def find_example(
 
     In this order: `example_input`, which is for `scope`; `example_input_array`; a first batch of the data of `stage` ("fit",
     "validate", "test", "predict"), as its step hands it to `scope`, or, where `scope` is the LightningModule and is not called,
-    to the first module. `entry`: the module that was found so in another stage; it is waited for instead.
+    to the first module that is trained. `entry`: the module that was found so in another stage; it is waited for instead.
     """
     if example_input is not None:
         return scope, trainer.precision_plugin.convert_input(example_input)
@@ -63,9 +63,11 @@ def find_example(
             batch = _first_batch(trainer, pl_module, stage)
             root = entry or scope
             others = [module for module in pl_module.modules() if module is not root] if scope is pl_module else []
-            return _captured(
-                root, lambda: _step(pl_module, batch, stage), others, wait=entry is not None or _has_forward(pl_module)
-            )
+            wait = entry is not None or _has_forward(pl_module)
+            if not wait:  # a frozen teacher may come first, or what only moves images
+                trained = [module for module in others if any(one.requires_grad for one in module.parameters())]
+                others = trained or others
+            return _captured(root, lambda: _step(pl_module, batch, stage), others, wait=wait)
         except _NoBatchError as reason:
             return str(reason)
 

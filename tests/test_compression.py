@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
@@ -505,6 +506,32 @@ def test_the_inputs_of_the_last_layer_may_be_masked(quiet_trainer: TrainerMaker)
     model, callback = fitted(quiet_trainer, pruning=pruning)
     assert int(model.get_submodule("fc").weight.any(0).sum()) == 64 and callback.sparsity() == 0.5  # type: ignore[operator]
     assert repr(callback.masks).endswith("updates made, 256 of 512 values masked)")
+
+
+@pytest.mark.parametrize("given", [{"config_list": "int8"}, {"pruning": HALF}])
+def test_a_frozen_net_that_comes_first_is_not_what_is_compressed(quiet_trainer: TrainerMaker, given: dict[str, Any]) -> None:
+    class First(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.net = Lit().requires_grad_(False), Lit()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            soft = self.teacher(batch[0])
+            return F.cross_entropy(self.net(batch[0]), batch[1]) + F.mse_loss(self.net(batch[0]), soft)
+
+    torch.manual_seed(0)
+    model, callback = First(), QuantFusionCallback(**given, verbose=0)
+    frozen = [one.clone() for one in model.teacher.parameters()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is not called in the recorded forward and stays float", UserWarning)
+        quiet_trainer(max_epochs=2, callbacks=[callback]).fit(model, loader())
+    assert all(map(torch.equal, frozen, model.teacher.parameters()))
+    assert callback._entry == "net" and callback.plan is not None
+    names = [one.name for one in callback.plan.layers] if callback.masks is None else list(callback.masks.by_target())
+    assert names and all(name.startswith("net.") for name in names)
 
 
 def test_an_embedding_loses_features_not_words(quiet_trainer: TrainerMaker) -> None:
