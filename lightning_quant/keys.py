@@ -461,5 +461,5 @@ DISTILLATION_ENTRY: dict[str, Key] = {
 _ELSEWHERE = {
     **dict.fromkeys(("sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "sparsity"), "pruning"),
     **dict.fromkeys(("global_group_id", "dependency_group_id", "internal_metric_block", "align", "metric", "pattern"), "pruning"),
-    **dict.fromkeys((key for key in DISTILLATION if key not in QUANTIZATION), "distillation"),
+    **dict.fromkeys((key for key in DISTILLATION if key not in (*QUANTIZATION, "dim")), "distillation"),
 }

@@ -550,7 +550,7 @@ def test_a_tied_embedding_with_rows_of_zeros(tmp_path: Path) -> None:
 def test_a_tied_embedding_that_is_pruned(quiet_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     torch.manual_seed(0)
     pruning = {
-        "config_list": [{"op_names": ["embed"], "target_names": ["weight"], "sparse_ratio": 0.25}],
+        "config_list": [{"op_names": ["embed"], "target_names": ["weight"], "granularity": "out_channel", "sparse_ratio": 0.25}],
         "stop": "step 1",
         "updates": 1,
     }
