@@ -181,7 +181,7 @@ class Masks:
         """Set masked values to 0."""
         for name, owner, own, mask in self._acting:
             parameter = _own(owner, own, name)
-            parameter.masked_fill_(~(mask if mask.device == parameter.device else mask.to(parameter.device)), 0)  # NaN, too
+            parameter.mul_(mask if mask.device == parameter.device else mask.to(parameter.device))  # a fifth of masked_fill_
         if self._acting and not self.model.training:
             drop_deployed_layers(self.model)
 
@@ -308,8 +308,9 @@ class Masks:
                 self._hidden[name] = value.detach().clone()
                 parameter.copy_(value)
         for place, (name, owner, own, mask) in enumerate(self._acting):
-            self._acting[place] = (name, owner, own, mask.to(_own(owner, own, name).device))
-        self.apply()
+            parameter = _own(owner, own, name)
+            self._acting[place] = (name, owner, own, mask.to(parameter.device))
+            parameter.masked_fill_(~mask.to(parameter.device), 0)  # infinity, too, of which a product would leave NaN
         drop_deployed_layers(self.model)
 
     def _combined(self) -> dict[str, Tensor]:

@@ -470,13 +470,12 @@ def test_a_fit_behind_an_evaluation_of_its_checkpoint_knows_its_teacher(quiet_tr
 def test_values_that_are_not_finite_do_not_stay_behind_a_mask(quiet_trainer: TrainerMaker) -> None:
     class Overflows(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            if trainer.global_step == 3:
+            if trainer.global_step == trainer.estimated_stepping_batches:
                 gone = ~callback.masks.by_target()["conv1.weight"]  # type: ignore[union-attr]
                 pl_module.conv1.weight.data[gone] = torch.inf
 
     callback = QuantFusionCallback(pruning=HALF, verbose=0, source="last")
-    quiet_trainer(max_epochs=2, callbacks=[callback, Overflows()]).fit(model := Lit(), loader(), loader(seed=1))
-    assert rows(model.get_submodule("conv1").weight) == 4  # type: ignore[arg-type]
+    quiet_trainer(max_epochs=2, callbacks=[callback, Overflows()]).fit(Lit(), loader(), loader(seed=1))
     assert callback.deployed_model is not None
     assert bool(torch.isfinite(output(callback.deployed_model)).all())
 
