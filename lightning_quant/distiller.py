@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_quant.config import ConfigError, parse_distillation, raise_problems
 from lightning_quant.distillation import BRIDGED, Projection, distance, feature_dim, loss_named, mismatch, name_of
@@ -19,7 +18,7 @@ from lightning_quant.links import Link, Links, TeacherNames, make_links, several
 from lightning_quant.prepare import LEARNED, Learned
 from lightning_quant.record import moved, split_example
 from lightning_quant.taps import Place, Seen, Taps
-from lightning_quant.targets import is_input
+from lightning_quant.targets import is_compiled, is_input
 from lightning_quant.teacher import SELF, Teacher, checked_teacher, evaluating, found_teacher
 
 
@@ -93,11 +92,8 @@ class _Run:
             }
         )
         teacher.show(self.taught.places.values())
-        # What the teacher is given the student gets next, and may write over it.
-        self.taught.copies.update({place: True for place in self.taught.places if is_input(place[1])})
-        compiled = model.__dict__.get("_compiler_ctx") is not None or any(isinstance(m, OptimizedModule) for m in model.modules())
-        # Compiled code has the hooks of when it was compiled; of these places nothing has been seen yet.
-        self.unseen = set(self.student.places if compiled else ())
+        self.taught.copies.update({place: True for place in self.taught.places if is_input(place[1])})  # the student gets these
+        self.unseen = set(self.student.places if is_compiled(model) else ())  # code has the hooks of when it was compiled
         self.projections: dict[tuple[Place, str], Projection] = {}
         self.losses: dict[str, Tensor] = {}
         self.pairs: list[_Pair] = []
@@ -113,6 +109,8 @@ class _Run:
         """A LightningModule is watched while it is in `training_step`, any other from now on."""
         self.stop()
         if hasattr(self.model, "training_step"):
+            if self.fresh and is_compiled(self.model):
+                torch.compiler.reset()  # another model's code is taken where it fits, and has no hooks
             self.step = _JoinsLoss(self.model, self)
         else:
             self.open()
@@ -399,6 +397,8 @@ class Distiller:
             self._kept = self.state_dict()
             self._run.stop()
             self._run.teacher.leave()
+            if is_compiled(self._run.model):
+                torch.compiler.reset()
         self._run = None
 
     def start(self) -> None:

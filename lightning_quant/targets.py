@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_quant.keys import INPUT, OUTPUT
 
@@ -181,6 +182,11 @@ def owner_of(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     """(the child that holds a parameter, its name there)."""
     path, _, name = parameter.rpartition(".")
     return module.get_submodule(path) if path else module, name
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was given this LightningModule, or a module in it."""
+    return model.__dict__.get("_compiler_ctx") is not None or any(isinstance(one, OptimizedModule) for one in model.modules())
 
 
 def uncompiled_name(name: str) -> str:
